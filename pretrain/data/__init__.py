@@ -1,0 +1,1 @@
+"""From text to batches: token store, order, packing, and labelled tasks."""

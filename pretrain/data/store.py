@@ -1,0 +1,135 @@
+"""The token store: memory-mapped samples of token ids.
+
+A prepared corpus is a folder::
+
+    tokenizer/            a Hugging Face tokenizer, as ``save_pretrained`` writes it
+    train/                a store
+    heldout/              a store of the documents held out
+
+and each store is a folder of three files::
+
+    tokens.bin            all samples one after another, little-endian uint16 or uint32
+    index.npy             [samples, 2] int64: offset into tokens.bin and length, in tokens
+    meta.json             format version, dtype, counts, tokenizer and its hash, source, fingerprint
+
+A sample holds its special tokens ([CLS] … [SEP] or the like) as it will be fed to the model. Its global id is its
+index in the store and never changes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+class Store:
+    """Read access to one store; opens in constant time and maps the files instead of reading them.
+
+    Raises:
+        UserError: if the folder is not a store, is of another format version, or a file's size contradicts
+            ``meta.json`` (a truncated copy, say).
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        meta_file = self.folder / "meta.json"
+        if not meta_file.is_file():
+            hint = " (it holds a 'train' store: a prepared corpus?)" if (self.folder / "train").is_dir() else ""
+            raise UserError(f"{self.folder}: not a token store: no meta.json{hint}; make one with 'medley prepare'")
+        try:
+            self.meta = json.loads(meta_file.read_text())
+            self.dtype, samples, tokens = np.dtype(self.meta["dtype"]), self.meta["samples"], self.meta["tokens"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{meta_file}: not a store's meta.json ({error!r}); prepare the corpus again") from None
+        if self.meta.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{meta_file}: format version {self.meta.get('format_version')}, this program reads {FORMAT_VERSION}; "
+                "prepare the corpus again"
+            )
+        self._check_size("tokens.bin", tokens * self.dtype.itemsize)
+        self.tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r") if tokens else np.empty(0, self.dtype)
+        try:
+            index = np.load(self.folder / "index.npy", mmap_mode="r" if samples else None)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / 'index.npy'}: cannot be read ({error}); prepare the corpus again") from None
+        if index.shape != (samples, 2):
+            raise UserError(f"{self.folder / 'index.npy'}: shape {index.shape}, but meta.json says ({samples}, 2)")
+        self.offsets, self.lengths = index[:, 0], index[:, 1]
+
+    def _check_size(self, name: str, expected: int) -> None:
+        path = self.folder / name
+        size = path.stat().st_size if path.is_file() else -1
+        if size != expected:
+            found = "is missing" if size < 0 else f"has {size} bytes"
+            raise UserError(f"{path}: {found}, but meta.json says {expected}; the store is damaged: prepare it again")
+
+    def __len__(self) -> int:
+        return int(self.meta["samples"])
+
+    def __getitem__(self, sample_id: int) -> np.ndarray:
+        """Return the token ids of one sample, ``[length]`` in the store's dtype (a view of the map)."""
+        start = self.offsets[sample_id]
+        return self.tokens[start : start + self.lengths[sample_id]]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over tokens and index, computed when the store was made; two stores that differ, differ here."""
+        return self.meta["fingerprint"]
+
+    @property
+    def max_length(self) -> int:
+        """Length of the longest sample, in tokens."""
+        return int(self.meta["max_length"])
+
+
+class StoreWriter:
+    """Writes one store sample by sample in constant memory. The folder is a store only after :meth:`close`."""
+
+    def __init__(self, folder: str | Path, vocabulary_size: int):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True)
+        self.dtype = np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
+        self.samples = self.token_count = self.max_length = 0
+        self._tokens = open(self.folder / "tokens.bin", "wb")
+        self._index = open(self.folder / "index.raw", "wb")
+        self._hash = hashlib.sha256()
+
+    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Add samples: ``tokens [sum of lengths]`` of any integer dtype, ``lengths [samples]``, none of them zero."""
+        if len(lengths) == 0:
+            return
+        lengths = np.asarray(lengths, np.int64)
+        index = np.stack([self.token_count + np.cumsum(lengths) - lengths, lengths], axis=1).astype("<i8")
+        for file, content in ((self._tokens, np.asarray(tokens).astype(self.dtype).tobytes()), (self._index, index.tobytes())):
+            file.write(content)
+            self._hash.update(content)
+        self.samples += len(lengths)
+        self.token_count += int(lengths.sum())
+        self.max_length = max(self.max_length, int(lengths.max()))
+
+    def close(self, **meta) -> None:
+        """Turn the folder into a store; ``meta`` (tokenizer, source, …) is added to ``meta.json``."""
+        self._tokens.close()
+        self._index.close()
+        raw = self.folder / "index.raw"
+        with open(self.folder / "index.npy", "wb") as out, open(raw, "rb") as rows:
+            header = {"descr": "<i8", "fortran_order": False, "shape": (self.samples, 2)}
+            np.lib.format.write_array_header_1_0(out, header)
+            while block := rows.read(1 << 20):
+                out.write(block)
+        raw.unlink()
+        document = {
+            "format_version": FORMAT_VERSION,
+            "dtype": self.dtype.str,
+            "samples": self.samples,
+            "tokens": self.token_count,
+            "max_length": self.max_length,
+            "fingerprint": self._hash.hexdigest(),
+            **meta,
+        }
+        (self.folder / "meta.json").write_text(json.dumps(document, indent=2) + "\n")

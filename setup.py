@@ -1,0 +1,39 @@
+"""Packaging of Medley: the library ``pretrain`` and the command ``medley``."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="medley-pretrain",
+    version="0.1.0",
+    description="Pre-training of language encoders on many objectives at once, on DeepSpeed",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["pretrain", "pretrain.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.17,<6",
+        "datasets>=5.0",
+        "tokenizers",
+        "safetensors",
+        "pydantic>=2.8",
+        "pyyaml",
+        "numpy",
+        "scipy",
+        "scikit-learn",
+        "pyarrow",
+        "zstandard",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest", "ruff", "triton>=3.6"],
+        "benchmarks": ["accelerate"],
+        "track": ["wandb", "trackio"],
+    },
+    entry_points={"console_scripts": ["medley = pretrain.cli:main"]},
+)
