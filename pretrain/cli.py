@@ -1,0 +1,46 @@
+"""The command ``medley``: one subcommand a task, each in the module that does the work."""
+
+import argparse
+import importlib
+import sys
+
+from pretrain import __version__
+from pretrain.errors import EXIT_USER_ERROR, UserError
+
+# name → (module with ``add_arguments(parser)`` and ``run(args)``, help line)
+COMMANDS = {
+    "corpus": ("pretrain.data.embedded", "write the embedded corpus: the documentation of the installed packages"),
+    "prepare": ("pretrain.data.prepare", "turn text into a token store"),
+    "evaluate": ("pretrain.evaluation.command", "fine-tune a model on an end task over several seeds"),
+    "export": ("pretrain.export", "turn a checkpoint into a Hugging Face folder"),
+    "report": ("pretrain.report", "print a run's table: losses at start and end, speed, end-task scores"),
+    "doctor": ("pretrain.doctor", "say what this machine has, what works, and how to mend what does not"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; return its exit code (2 for the user's mistakes, told in one line)."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="medley", description="Pre-training of language encoders on many objectives.")
+    parser.add_argument("--version", action="version", version=f"medley {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        if name == chosen:  # importing only what runs keeps --help instant
+            command = importlib.import_module(module)
+            command.add_arguments(subparser)
+    args = parser.parse_args(argv)
+    try:
+        command.run(args)
+    except UserError as error:
+        print(f"medley {args.command}: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"medley {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
