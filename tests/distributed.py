@@ -45,7 +45,7 @@ class RankPool:
         """Call ``function(*args)`` on every rank and return the results in rank order.
 
         ``function`` is a module-level function; arguments and results must be picklable (tensors are copied).
-        Raises the exception of the rank that failed first, with all tracebacks as notes, or RanksFailed when a rank hangs
+        Raises the exception of the rank that failed first, with all tracebacks as notes, or RanksFailed if a rank hangs
         longer than ``time_limit_seconds`` or dies; in both latter cases the pool's processes are ended.
         """
         self._grow(world_size)
