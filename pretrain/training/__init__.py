@@ -1,0 +1,1 @@
+"""The training loop, the DeepSpeed engine, checkpoints, stopping and logs."""
