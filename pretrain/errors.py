@@ -23,3 +23,7 @@ def unknown(kind: str, word: str, valid: Iterable[str], where: str = "") -> User
     hint = f"did you mean '{match}'?" if match else f"valid: {', '.join(valid) or 'none'}"
     prefix = f"{where}: " if where else ""
     return UserError(f"{prefix}unknown {kind} '{word}'; {hint}")
+
+
+class RunError(Exception):
+    """A run that cannot go on, told in one line: exit code 1, no traceback."""

@@ -1,0 +1,105 @@
+"""A micro-batch: rows of tokens, and which sample every token belongs to."""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from pretrain.data.store import Store
+from pretrain.philox import philox
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples laid out in rows, as one rank sees them in one forward pass.
+
+    A sample keeps its global id for life, and nothing about it (attention, positions, losses, corruption) depends on the
+    samples it shares a row or a batch with. Shapes: S samples, ``rows × length`` places.
+    """
+
+    tokens: torch.Tensor
+    """``[rows, length]`` int64 token ids; padding token where there is no sample."""
+    segment_ids: torch.Tensor
+    """``[rows, length]`` int64: which of the S samples a place belongs to, −1 for padding."""
+    position_ids: torch.Tensor
+    """``[rows, length]`` int64: position within the sample, 0 for padding."""
+    sample_ids: torch.Tensor
+    """``[S]`` int64: global ids."""
+    visits: torch.Tensor
+    """``[S]`` int64: how many times each sample was seen before (its epoch)."""
+    lengths: torch.Tensor
+    """``[S]`` int64: tokens of each sample."""
+    sample_rows: torch.Tensor
+    """``[S]`` int64: each sample's row in the step's global batch; the same whatever the ranks and micro-batches."""
+
+    @property
+    def real(self) -> torch.Tensor:
+        """``[rows, length]`` bool: places that hold a token."""
+        return self.segment_ids >= 0
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        """Spread ``values [S]`` over the places of each sample, ``[rows, length]``; padding gets the first sample's."""
+        if len(values) == 0:
+            return torch.zeros_like(self.tokens, dtype=values.dtype)
+        return values[self.segment_ids.clamp(min=0)]
+
+    def sum_per_sample(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up ``values [rows, length]`` over the places of each sample, ``[S]``; padding is left out."""
+        sums = values.new_zeros(len(self.sample_ids) + 1)
+        return sums.index_add(0, self.segment_ids.reshape(-1) + 1, values.reshape(-1))[1:]
+
+    def random_words(self, seed: int, stream: str) -> tuple[torch.Tensor, ...]:
+        """Return four ``[rows, length]`` tensors of random 32-bit words: a function of (seed, stream, sample, visit, position)."""
+        ids = self.per_token(self.sample_ids)
+        return philox(seed, stream, self.position_ids, ids, ids >> 32, self.per_token(self.visits))
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on ``device``."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return replace(self, **moved)
+
+
+def collate(
+    store: Store,
+    rows: list[np.ndarray],
+    visits: list[np.ndarray],
+    first_row: int,
+    row_length: int,
+    pad_id: int,
+) -> Batch:
+    """Lay samples out in rows.
+
+    Args:
+        store: where the tokens are.
+        rows: for each row the global ids of its samples, in order of place.
+        visits: the samples' visits, in the same form.
+        first_row: number of the first row within the step's global batch.
+        row_length: places a row.
+        pad_id: token that fills what is left.
+    """
+    ids = np.concatenate(rows) if rows else np.empty(0, np.int64)
+    lengths = store.lengths[ids].astype(np.int64)
+    sample_rows = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    starts = np.cumsum(lengths) - lengths
+    row_starts = np.cumsum(np.bincount(sample_rows, lengths, len(rows)).astype(np.int64))
+    row_starts = np.concatenate([[0], row_starts])[:-1]
+    column = starts - row_starts[sample_rows] if len(ids) else starts
+
+    segments = np.repeat(np.arange(len(ids)), lengths)
+    positions = np.arange(len(segments)) - starts[segments]
+    places = (sample_rows * row_length + column)[segments] + positions
+    flat = np.full((3, len(rows) * row_length), -1, np.int64)
+    flat[0], flat[2] = pad_id, 0
+    flat[0, places] = store.tokens[store.offsets[ids][segments] + positions]
+    flat[1, places] = segments
+    flat[2, places] = positions
+    tokens, segment_ids, position_ids = torch.from_numpy(flat.reshape(3, len(rows), row_length))
+    return Batch(
+        tokens=tokens,
+        segment_ids=segment_ids,
+        position_ids=position_ids,
+        sample_ids=torch.from_numpy(ids),
+        visits=torch.from_numpy(np.concatenate(visits) if visits else np.empty(0, np.int64)),
+        lengths=torch.from_numpy(lengths),
+        sample_rows=torch.from_numpy(sample_rows + first_row),
+    )

@@ -1,0 +1,157 @@
+"""The loader: the endless, deterministic sequence of global batches, and each rank's part of them."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pretrain.data.batch import Batch, collate
+from pretrain.data.order import shuffled
+from pretrain.data.packing import pack
+from pretrain.data.store import Store
+from pretrain.errors import UserError
+from pretrain.philox import philox
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank needs of one step: its micro-batches, and the facts of the global batch."""
+
+    micro_batches: list[Batch]
+    samples: int
+    """Samples in the global batch."""
+    tokens: int
+    """Real tokens in the global batch."""
+    sample_ids_sha256: str
+    """Hash of the global batch's sorted sample ids."""
+
+
+class Loader:
+    """Yields global batches of ``batch_rows`` rows, the same ones whatever the world size and micro-batch.
+
+    The stream of samples (see :func:`pretrain.data.order.shuffled`) is cut into windows; each window's samples are packed
+    into rows and the rows shuffled; a step takes the next ``batch_rows`` rows. Everything is a function of (seed, window,
+    row), so the state is three counters, and going on from any of them takes the time to pack one window.
+
+    Args:
+        store: the samples.
+        seed: the run's seed.
+        row_length: places a row, in tokens.
+        batch_rows: rows in a global batch.
+        micro_batch_rows: rows in one forward pass of one rank.
+        rank, world_size: which part of each global batch is ours.
+        pad_id: token that fills the rows.
+        packing: several samples a row; otherwise one.
+        window: samples that are packed together.
+
+    Raises:
+        UserError: for a store that is empty or has samples longer than a row.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        seed: int,
+        row_length: int,
+        batch_rows: int,
+        micro_batch_rows: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pad_id: int = 0,
+        packing: bool = True,
+        window: int = 4096,
+    ):
+        if len(store) == 0:
+            raise UserError(f"{store.folder}: the store is empty")
+        if store.max_length > row_length:
+            raise UserError(
+                f"data.row_length: {row_length} is shorter than the longest sample of {store.folder}; "
+                f"use {store.max_length} or more"
+            )
+        self.store, self.seed, self.row_length, self.pad_id = store, seed, row_length, pad_id
+        self.batch_rows, self.micro_batch_rows, self.rank, self.world_size = batch_rows, micro_batch_rows, rank, world_size
+        self.packing, self.window_size = packing, min(window, len(store))
+        self.window = self.row = self.samples = 0
+        self._window_rows = lru_cache(maxsize=2)(self._pack_window)
+
+    def check_fills_a_batch(self) -> None:
+        """Raise :class:`UserError` if the whole store fills less than one global batch."""
+        if self.window_size < len(self.store):
+            return
+        rows = len(self._window_rows(0)[0])
+        if rows < self.batch_rows:
+            raise UserError(
+                f"{self.store.folder}: {len(self.store)} samples fill {rows} rows of {self.row_length} tokens, less than one "
+                f"batch (training.batch_rows = {self.batch_rows}); use a larger corpus or a smaller batch"
+            )
+
+    def _pack_window(self, window: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the rows of one window: for each row its samples' ids, and their visits."""
+        positions = np.arange(window * self.window_size, (window + 1) * self.window_size)
+        ids, visits = shuffled(positions, len(self.store), self.seed)
+        if not self.packing:
+            return list(ids[:, None]), list(visits[:, None])
+        rows = pack(self.store.lengths[ids], self.row_length)
+        draws = philox(self.seed, "row order", np.arange(len(rows)), window & 0xFFFFFFFF, window >> 32)[0]
+        order = np.argsort(draws, kind="stable")
+        rows = [np.array(rows[i]) for i in order]
+        return [ids[row] for row in rows], [visits[row] for row in rows]
+
+    def next(self) -> StepBatch:
+        """Return this rank's part of the next global batch and move on."""
+        rows: list[np.ndarray] = []
+        visits: list[np.ndarray] = []
+        while len(rows) < self.batch_rows:
+            window_rows, window_visits = self._window_rows(self.window)
+            taken = slice(self.row, self.row + self.batch_rows - len(rows))
+            rows += window_rows[taken]
+            visits += window_visits[taken]
+            self.row = min(taken.stop, len(window_rows))
+            if self.row == len(window_rows):
+                self.window, self.row = self.window + 1, 0
+        ids = np.concatenate(rows)
+        self.samples += len(ids)
+        stride = self.micro_batch_rows * self.world_size
+        micro_batches = [
+            self._micro_batch(rows, visits, start)
+            for start in range(self.rank * self.micro_batch_rows, self.batch_rows, stride)
+        ]
+        return StepBatch(
+            micro_batches,
+            samples=len(ids),
+            tokens=int(self.store.lengths[ids].sum()),
+            sample_ids_sha256=hashlib.sha256(np.sort(ids).astype("<i8").tobytes()).hexdigest(),
+        )
+
+    def _micro_batch(self, rows: list[np.ndarray], visits: list[np.ndarray], start: int) -> Batch:
+        part = slice(start, start + self.micro_batch_rows)
+        return collate(self.store, rows[part], visits[part], start, self.row_length, self.pad_id)
+
+    def state_dict(self) -> dict:
+        """Return the position, and what must be equal for it to mean the same samples."""
+        return {"window": self.window, "row": self.row, "samples": self.samples, "identity": self._identity()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go to a position; a :class:`UserError` if it was made with another store or another layout of rows."""
+        names = {
+            "store": "data.store: another store than the checkpoint's",
+            "row_length": "data.row_length differs from the checkpoint's",
+            "packing": "data.packing differs from the checkpoint's",
+            "window": "data.packing_window differs from the checkpoint's",
+            "seed": "seed differs from the checkpoint's",
+        }
+        for key, value in self._identity().items():
+            if state["identity"].get(key) != value:
+                raise UserError(f"{names[key]} ({value}, was {state['identity'].get(key)}); start a new run folder")
+        self.window, self.row, self.samples = state["window"], state["row"], state["samples"]
+
+    def _identity(self) -> dict:
+        return {
+            "store": self.store.fingerprint,
+            "row_length": self.row_length,
+            "packing": self.packing,
+            "window": self.window_size,
+            "seed": self.seed,
+        }

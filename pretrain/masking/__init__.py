@@ -1,0 +1,1 @@
+"""Masking policies: which tokens an objective hides."""

@@ -1,0 +1,74 @@
+"""One module for all objectives: the backbone, every head, and the one place where losses are reduced."""
+
+import torch
+from torch import nn
+
+from pretrain.model.encoder import Encoder
+from pretrain.objectives.base import Objective, View
+
+
+BACKBONE = "backbone"
+
+
+def component(head: str) -> str:
+    """Return the name of a head's component; the generator is a model of its own and no head."""
+    return head if head == "generator" else f"head/{head}"
+
+
+class MultiObjectiveModel(nn.Module):
+    """Backbone and heads of all objectives of a recipe, in one module, so that one engine call does a whole micro-step.
+
+    Args:
+        encoder: the backbone.
+        objectives: by name; each is asked for the heads that no earlier one has built.
+    """
+
+    def __init__(self, encoder: Encoder, objectives: dict[str, Objective]):
+        super().__init__()
+        self.encoder = encoder
+        self.objectives = objectives
+        self.heads = nn.ModuleDict()
+        for objective in objectives.values():
+            objective.check(encoder)
+            missing = set(objective.heads) - set(self.heads)
+            if missing:
+                built = objective.build_heads(encoder)
+                self.heads.update({name: built[name] for name in objective.heads if name in missing})
+
+    def components(self) -> dict[str, list[nn.Parameter]]:
+        """Return component → parameters: ``backbone``, then every head without what it shares with those before it."""
+        seen: set[int] = set()
+        components: dict[str, list[nn.Parameter]] = {}
+        for name, module in ((BACKBONE, self.encoder), *((component(n), head) for n, head in self.heads.items())):
+            components[name] = [p for p in module.parameters() if id(p) not in seen]
+            seen.update(id(p) for p in components[name])
+        return {name: params for name, params in components.items() if params}
+
+    def trained_by(self, names: list[str]) -> set[str]:
+        """Return the components that a step on these objectives trains."""
+        heads = {component(head) for name in names for head in self.objectives[name].heads}
+        return (heads | {BACKBONE}) & set(self.components())
+
+    def forward(
+        self, views: dict[str, View], scales: dict[str, float], weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the objectives of one micro-step.
+
+        Args:
+            views: objective → its view of the micro-batch.
+            scales: term → factor: share of the objective × weight of the term / global count of the term's targets.
+            weights: ``[S]`` float32 sample weights; None means 1.
+
+        Returns:
+            the micro-step's part of the step's loss, a scalar, and term → ``[S]`` float32, each sample's sum of losses,
+            detached.
+
+        The loss is Σ over terms of scale × Σ over samples of weight × sum: added over all ranks and micro-steps it is the
+        weighted mean over the step's global count.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        for name, view in views.items():
+            sums |= self.objectives[name].loss(self, view)
+        weighted = (total if weights is None else total * weights for total in sums.values())
+        loss = sum(scales[term] * total.sum() for term, total in zip(sums, weighted, strict=True))
+        return loss, {term: total.detach() for term, total in sums.items()}

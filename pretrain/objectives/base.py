@@ -1,0 +1,112 @@
+"""The protocol behind which every objective stands, and the registry.
+
+To add an objective: copy the shortest file here, give the class a ``name`` and a ``Config``, register it with
+``@register``, and import the file in ``__init__.py``. The test over the registry then covers it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from pretrain.config import Config, parse
+from pretrain.data.batch import Batch
+from pretrain.errors import UserError, unknown
+from pretrain.model.encoder import Encoder
+from pretrain.model.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from pretrain.model.multi_objective import MultiObjectiveModel
+
+
+@dataclass(frozen=True)
+class View:
+    """A batch as one objective wants to see it."""
+
+    batch: Batch
+    tokens: torch.Tensor
+    """``[rows, length]`` int64, corrupted."""
+    counts: dict[str, torch.Tensor]
+    """Term → ``[S]`` int64: targets of each sample, known before the forward pass."""
+
+
+@dataclass(frozen=True)
+class LabelledView(View):
+    """A view with a label for every place."""
+
+    labels: torch.Tensor
+    """``[rows, length]`` int64, :data:`pretrain.masking.policies.IGNORED` where there is no target."""
+
+
+class Objective(ABC):
+    """One objective: how a batch is corrupted, and the loss of every sample.
+
+    An objective has one or more *terms*, each a sum of losses and a count of targets for every sample. Nothing is reduced
+    here: the mean over the step's global count, and the sum over terms with :attr:`terms` as weights, are taken in one
+    place for all (:class:`pretrain.model.multi_objective.MultiObjectiveModel`).
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Config]]
+    heads: ClassVar[tuple[str, ...]]
+    """Names of the components, besides the backbone, that this objective trains."""
+    needs_dropout: ClassVar[bool] = False
+    """Whether the loss means nothing without dropout, so that dropout stays on when it is evaluated."""
+
+    def __init__(self, config: Config, vocabulary: Vocabulary, seed: int):
+        self.config, self.vocabulary, self.seed = config, vocabulary, seed
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Term → weight within the objective."""
+        return {self.name: 1.0}
+
+    @property
+    def rows_together(self) -> int:
+        """How many consecutive rows of the global batch must be in one micro-batch."""
+        return 1
+
+    def check(self, encoder: Encoder) -> None:  # noqa: B027  (most fit every backbone)
+        """Raise :class:`UserError` if the objective cannot be trained on this backbone."""
+
+    @abstractmethod
+    def build_heads(self, encoder: Encoder) -> dict[str, nn.Module]:
+        """Build the components named in :attr:`heads`; a component that another objective built already is shared."""
+
+    @abstractmethod
+    def corrupt(self, batch: Batch, progress: float) -> View:
+        """Return the objective's view of a batch: a function of (seed, sample, visit) and of the run's ``progress`` in 0..1."""
+
+    @abstractmethod
+    def loss(self, model: MultiObjectiveModel, view: View) -> dict[str, torch.Tensor]:
+        """Return term → ``[S]`` float32: the sum of losses over each sample's targets."""
+
+
+REGISTRY: dict[str, type[Objective]] = {}
+
+
+def register(objective: type[Objective]) -> type[Objective]:
+    """Make an objective available to recipes under its name."""
+    REGISTRY[objective.name] = objective
+    return objective
+
+
+def parse_objectives(values: dict, where: str) -> dict[str, Config]:
+    """Validate the recipe's ``objectives``: name → keys; a wrong one is a :class:`UserError` naming file and key."""
+    if not values:
+        raise UserError(f"{where}: objectives: name at least one of {', '.join(sorted(REGISTRY))}")
+    configs = {}
+    for name, keys in values.items():
+        if name not in REGISTRY:
+            raise unknown("objective", name, REGISTRY, f"{where}: objectives")
+        configs[name] = parse(REGISTRY[name].Config, keys or {}, where, ("objectives", name))
+    return configs
+
+
+def build_objectives(configs: dict[str, Config], vocabulary: Vocabulary, seed: int) -> dict[str, Objective]:
+    """Build the objectives of a recipe, by name."""
+    return {name: REGISTRY[name](config, vocabulary, seed) for name, config in configs.items()}

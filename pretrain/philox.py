@@ -1,0 +1,69 @@
+"""Counter-based randomness: Philox 4×32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+Every random decision of a run (data order, packing, masks, draws of objectives) is a pure function of a key, the run's
+seed and a named stream, and a counter, such as (position, sample id, visit). So the same run on another number of ranks,
+with another micro-batch, or after a resume decides the same. The functions work alike on numpy int64 arrays and on torch
+int64 tensors of any device; all numbers are unsigned 32-bit values held in int64.
+"""
+
+import zlib
+
+import numpy as np
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+
+
+def stream_id(name: str) -> int:
+    """Return the 32-bit number of a named stream."""
+    return zlib.crc32(name.encode())
+
+
+def philox(seed: int, stream: str, counter_0, counter_1=0, counter_2=0, counter_3=0) -> tuple:
+    """Return four arrays of independent uniform 32-bit words, one set for each counter.
+
+    Args:
+        seed: the run's seed; its low 32 bits are the first key word.
+        stream: what the numbers are for; its hash is the second key word.
+        counter_0 .. counter_3: int64 arrays or tensors that broadcast together (``counter_0`` sets the shape), or ints.
+
+    The product of two 32-bit words wraps in int64, but its bits are those of the unsigned product, so shifting and
+    masking recovers both halves.
+    """
+    key_0, key_1 = seed & _MASK, stream_id(stream)
+    c0, c1, c2, c3 = (counter & _MASK for counter in (counter_0, counter_1, counter_2, counter_3))
+    for _ in range(10):
+        product_0, product_1 = _product(c0, _MULTIPLIER_0), _product(c2, _MULTIPLIER_1)
+        c0, c1, c2, c3 = (
+            ((product_1 >> 32) & _MASK) ^ c1 ^ key_0,
+            product_1 & _MASK,
+            ((product_0 >> 32) & _MASK) ^ c3 ^ key_1,
+            product_0 & _MASK,
+        )
+        key_0, key_1 = (key_0 + _WEYL_0) & _MASK, (key_1 + _WEYL_1) & _MASK
+    return c0, c1, c2, c3
+
+
+def _product(word, multiplier: int):
+    return word * multiplier  # a numpy array, a tensor or a plain int: only the low 64 bits matter
+
+
+def uniform(word):
+    """Map 32-bit words to floats in [0, 1)."""
+    return word * 2.0**-32
+
+
+def below(word, bound: int):
+    """Map 32-bit words to integers in [0, bound) by the high half of the product (bias below bound / 2³²)."""
+    return (word * bound) >> 32
+
+
+def scalar_seed(seed: int, stream: str, *counter: int) -> int:
+    """Return one 32-bit number for up to four integer counters, to seed a library's own generator with."""
+    return int(philox(seed, stream, *counter)[0])
+
+
+def uniforms(seed: int, stream: str, counter_0: np.ndarray, *counters) -> np.ndarray:
+    """Return float64 uniforms in [0, 1), one for each element of ``counter_0``."""
+    return uniform(philox(seed, stream, counter_0, *counters)[0])

@@ -1,0 +1,137 @@
+"""The recipe: everything that decides what is trained, as one strict tree."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, PrivateAttr
+
+from pretrain.config import Config, apply_overrides, parse, read_yaml
+from pretrain.model.encoder import ModelConfig
+from pretrain.objectives.base import parse_objectives
+from pretrain.sampling import SamplerConfig
+from pretrain.training.schedule import ScheduleConfig
+
+
+class DataConfig(Config):
+    """Which samples, and how they are laid out in rows."""
+
+    store: str
+    """Folder that ``medley prepare`` wrote."""
+    packing: bool = True
+    """Several samples a row, or (``off``) one, padded."""
+    row_length: int | None = Field(None, ge=8)
+    """Places a row, in tokens; null takes the longest sample, or with packing four times that."""
+    packing_window: int = Field(4096, ge=1)
+    """Samples that are packed together; more fill the rows better and cost start-up time."""
+
+
+class OptimizerConfig(Config):
+    """The optimizer."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """``muon`` takes the matrices of the trunk, AdamW the rest."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled; not on vectors (biases, norms)."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's."""
+
+
+class TrainingConfig(Config):
+    """How long, in what steps."""
+
+    steps: int = Field(..., ge=1)
+    """Optimizer steps."""
+    batch_rows: int = Field(64, ge=1)
+    """Rows in a global batch."""
+    micro_batch_rows: int = Field(16, ge=1)
+    """Rows one rank runs at once; accumulation follows from it and the world size."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest norm of the global gradient; 0 does not clip."""
+    non_finite_limit: int = Field(10, ge=1)
+    """Consecutive steps with a loss or gradient that is not finite after which the run stops."""
+
+
+class HeldoutConfig(Config):
+    """Losses on held-out text, measured during training."""
+
+    interval_steps: int = Field(0, ge=0)
+    """Steps between measurements; 0 measures at the start and the end only."""
+    rows: int = Field(64, ge=0)
+    """Rows of held-out text, the same ones every time, rounded up to whole micro-batches of all ranks; 0 measures nothing."""
+
+
+class CheckpointConfig(Config):
+    """When the run is saved."""
+
+    interval_steps: int = Field(1000, ge=1)
+    keep: int = Field(3, ge=1)
+    """How many checkpoints stay."""
+
+
+class LogConfig(Config):
+    """Where the run tells what it does, besides ``metrics.jsonl`` and TensorBoard."""
+
+    interval_steps: int = Field(10, ge=1)
+    """Steps between status lines."""
+    trackers: list[Literal["wandb", "trackio"]] = []
+    """More places to log to, if installed."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """One device's peak, for the model FLOPs utilisation; known GPUs need none."""
+
+
+class Recipe(Config):
+    """What is trained. ``configs/recipes/`` has examples."""
+
+    run: str
+    """Folder of the run: configuration, metrics, checkpoints."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Decides every random choice of the run."""
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    objectives: dict[str, Any]
+    """Objective → its keys."""
+    sampler: SamplerConfig = SamplerConfig()
+    training: TrainingConfig
+    heldout: HeldoutConfig = HeldoutConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    _objective_configs: dict[str, Config] = PrivateAttr()
+    _source: str = PrivateAttr("recipe")
+
+    @property
+    def objective_configs(self) -> dict[str, Config]:
+        """Objective → its validated configuration."""
+        return self._objective_configs
+
+    @property
+    def source(self) -> str:
+        """The file the recipe came from, for messages."""
+        return self._source
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as resolved, every default spelled out."""
+        document = self.model_dump(mode="json")
+        document["objectives"] = {n: c.model_dump(mode="json") for n, c in self.objective_configs.items()}
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and validate a recipe; anything wrong is a one-line :class:`UserError` naming file and dotted key."""
+    where = str(path) if not overrides else f"{path} with command-line overrides"
+    return recipe_from(apply_overrides(read_yaml(path), overrides or []), where)
+
+
+def recipe_from(document: dict, where: str) -> Recipe:
+    """Validate a recipe given as nested dictionaries."""
+    recipe = parse(Recipe, document, where)
+    recipe._objective_configs = parse_objectives(recipe.objectives, where)
+    recipe._source = where
+    return recipe

@@ -1,0 +1,127 @@
+"""From a recipe to everything a run needs. Whatever is wrong with the input comes out here, before any process group."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pretrain.data.loader import Loader
+from pretrain.data.store import Store
+from pretrain.data.tokenization import load_tokenizer
+from pretrain.errors import UserError
+from pretrain.model.encoder import backbone_config, build_encoder
+from pretrain.model.multi_objective import MultiObjectiveModel
+from pretrain.model.vocabulary import Vocabulary
+from pretrain.objectives import build_objectives
+from pretrain.recipe import Recipe
+from pretrain.sampling import Sampler, build_sampler
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the trainer is made of."""
+
+    recipe: Recipe
+    store: Store
+    heldout: Store | None
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    model: MultiObjectiveModel
+    components: dict[str, list[torch.nn.Parameter]]
+    sizes: dict[str, int]
+    """Component → number of parameters."""
+    sampler: Sampler
+    row_length: int
+
+    def loader(self, *, rank: int, world_size: int) -> Loader:
+        """Build the loader of the training samples for one rank."""
+        return self._loader(self.store, self.recipe.training.batch_rows, self.recipe.seed, rank, world_size)
+
+    def heldout_loader(self, *, rank: int, world_size: int) -> Loader | None:
+        """Build the loader whose first global batch is the held-out rows, or None if there is nothing to measure."""
+        if self.heldout is None or self.recipe.heldout.rows == 0:
+            return None
+        whole = self.recipe.training.micro_batch_rows * world_size
+        rows = -(-self.recipe.heldout.rows // whole) * whole
+        return self._loader(self.heldout, rows, 0, rank, world_size)
+
+    def _loader(self, store: Store, batch_rows: int, seed: int, rank: int, world_size: int) -> Loader:
+        return Loader(
+            store,
+            seed=seed,
+            row_length=self.row_length,
+            batch_rows=batch_rows,
+            micro_batch_rows=self.recipe.training.micro_batch_rows,
+            rank=rank,
+            world_size=world_size,
+            pad_id=self.vocabulary.pad_id,
+            packing=self.recipe.data.packing,
+            window=self.recipe.data.packing_window,
+        )
+
+
+def device_type() -> str:
+    """Return what the run computes on: "cuda" or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
+    """Open the store, build model, objectives and sampler; ``dtype`` is what the weights will be under DeepSpeed.
+
+    Raises:
+        UserError: for anything in the recipe, the store or the checkpoint that cannot work.
+    """
+    store, heldout = _open_stores(recipe)
+    tokenizer = load_tokenizer(Path(recipe.data.store) / "tokenizer")
+    vocabulary = Vocabulary.of(tokenizer)
+    sampler = build_sampler(recipe.sampler, list(recipe.objective_configs), recipe.seed, recipe.source)
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe, vocabulary, store.max_length, dtype=dtype)
+    components = model.components()
+    parts = Parts(
+        recipe=recipe,
+        store=store,
+        heldout=heldout,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        model=model,
+        components=components,
+        sizes={name: sum(p.numel() for p in params) for name, params in components.items()},  # ZeRO-3 empties them
+        sampler=sampler,
+        row_length=_row_length(recipe, store, model),
+    )
+    parts.loader(rank=0, world_size=1).check_fills_a_batch()
+    return parts
+
+
+def build_model(recipe: Recipe, vocabulary: Vocabulary, max_length: int, *, dtype: torch.dtype) -> MultiObjectiveModel:
+    """Build the model of a recipe on the CPU in fp32."""
+    objectives = build_objectives(recipe.objective_configs, vocabulary, recipe.seed)
+    for name, objective in objectives.items():
+        if recipe.training.micro_batch_rows % objective.rows_together:
+            raise UserError(
+                f"{recipe.source}: training.micro_batch_rows: {recipe.training.micro_batch_rows} is no multiple of the "
+                f"{objective.rows_together} rows that '{name}' needs together (objectives.{name}.group_rows)"
+            )
+    config = backbone_config(recipe.model, vocabulary, max_length)
+    encoder = build_encoder(recipe.model, config, device_type=device_type(), dtype=dtype)
+    return MultiObjectiveModel(encoder, objectives)
+
+
+def _open_stores(recipe: Recipe) -> tuple[Store, Store | None]:
+    folder = Path(recipe.data.store)
+    if not folder.is_dir():
+        raise UserError(f"{recipe.source}: data.store: no folder '{folder}'; make it with 'medley prepare … --out {folder}'")
+    heldout = folder / "heldout"
+    stores = Store(folder / "train"), Store(heldout) if heldout.is_dir() else None
+    return stores[0], stores[1] if stores[1] is not None and len(stores[1]) else None
+
+
+def _row_length(recipe: Recipe, store: Store, model: MultiObjectiveModel) -> int:
+    if recipe.data.packing and not model.encoder.packs_rows:
+        raise UserError(
+            f"{recipe.source}: data.packing: the attention of '{model.encoder.config.model_type}' cannot keep packed samples "
+            "apart; set it to off"
+        )
+    return recipe.data.row_length or store.max_length * (4 if recipe.data.packing else 1)

@@ -1,0 +1,120 @@
+"""Checkpoints that can be trusted: whole or not there at all, and verified before they are used.
+
+A checkpoint is a folder ``checkpoints/step-00000100``. It is written under another name, listed in ``manifest.json`` with
+the size and sha256 of every file, renamed, and only then named in ``checkpoints/latest``. Whatever lacks a manifest that
+verifies does not count.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from pretrain.errors import UserError
+
+MANIFEST, LATEST, _PARTIAL = "manifest.json", "latest", ".partial"
+_BLOCK_BYTES = 1 << 22
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Return where the checkpoint after ``step`` steps is."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def partial_folder(run: Path, step: int) -> Path:
+    """Return where that checkpoint is while it is being written."""
+    return folder_of(run, step).with_suffix(_PARTIAL)
+
+
+def publish(run: Path, step: int, facts: dict) -> Path:
+    """Turn a folder that all ranks have written into a checkpoint; one rank calls it.
+
+    ``facts`` go into the manifest. Raises OSError if the disk will not take it; what was there before stays.
+    """
+    partial, final = partial_folder(run, step), folder_of(run, step)
+    files = {str(p.relative_to(partial)): _describe(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+    _write(partial / MANIFEST, json.dumps({"step": step, **facts, "files": files}, indent=2) + "\n")
+    for path in [partial, *partial.rglob("*")]:
+        _sync(path)
+    if final.exists():  # saved at this step before; identical by construction
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(final.parent)
+    pointer = final.parent / f"{LATEST}.new"
+    _write(pointer, final.name + "\n")
+    pointer.replace(final.parent / LATEST)
+    _sync(final.parent)
+    return final
+
+
+def verify(folder: Path) -> dict:
+    """Return a checkpoint's manifest after comparing every file with it.
+
+    Raises:
+        UserError: naming the first file that is missing or differs.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a checkpoint: no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / MANIFEST}: damaged ({error})") from None
+    for name, expected in files:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing, but the manifest lists it")
+        if path.stat().st_size != expected["bytes"]:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, but the manifest says {expected['bytes']}")
+        if _describe(path) != expected:
+            raise UserError(f"{path}: content differs from the manifest's sha256")
+    return manifest
+
+
+def candidates(run: Path) -> list[Path]:
+    """Return the run's checkpoint folders, newest first, verified or not."""
+    return sorted((p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.suffix != _PARTIAL), reverse=True)
+
+
+def newest(run: Path, warn=print) -> Path | None:
+    """Return the newest checkpoint that verifies, or None; says through ``warn`` what is wrong with newer ones."""
+    for folder in candidates(run):
+        try:
+            verify(folder)
+            return folder
+        except UserError as error:
+            warn(f"warning: passing over a checkpoint: {error}")
+    return None
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints, and what interrupted saves left."""
+    for folder in candidates(run)[keep:]:
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint must not look whole
+        shutil.rmtree(folder)
+    for leftover in (run / "checkpoints").glob(f"*{_PARTIAL}"):
+        shutil.rmtree(leftover)
+
+
+def _describe(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,184 @@
+"""A training run from the command line: read, check, build, train. What ``launch/train.py`` calls."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from pretrain.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError
+from pretrain.recipe import Recipe, load_recipe
+from pretrain.training import checkpoint
+from pretrain.training.build import Parts, build, device_type
+from pretrain.training.dry_run import dry_run
+from pretrain.training.ds_config import resolve_ds_config
+from pretrain.training.engine import Engine, init_distributed, shutdown_distributed
+from pretrain.training.log import RunLog, check_trackers
+from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
+from pretrain.training.stop import StopRequest
+from pretrain.training.trainer import Trainer
+
+_ROOT = Path(__file__).parents[2]
+DEFAULT_RECIPE = _ROOT / "configs" / "recipes" / "quickstart.yaml"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of a training run."""
+    parser = argparse.ArgumentParser(description="Pre-train a language encoder on one or many objectives.")
+    parser.add_argument("--ds_config", required=True, metavar="FILE", help="DeepSpeed JSON: how it is run")
+    parser.add_argument("--config", default=str(DEFAULT_RECIPE), metavar="FILE", help="recipe: what is trained (default: quickstart)")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="what to go on from (default: auto)")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, run one largest batch, print what it takes, exit")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest wait for another rank")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to override, dotted")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; return the exit code: 0 done or stopped after a save, 1 failed, 2 the user's mistake."""
+    args = parser().parse_intermixed_args(argv)
+    try:
+        _run(args)
+        return EXIT_DONE
+    except UserError as error:
+        return _tell("error", error, EXIT_USER_ERROR)
+    except RunError as error:
+        return _tell("failed", error, EXIT_FAILURE)
+    finally:
+        shutdown_distributed()
+
+
+def _run(args: argparse.Namespace) -> None:
+    stop = StopRequest().install()
+    try:
+        recipe = load_recipe(args.config, args.overrides)
+        world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        ds_config = resolve_ds_config(
+            args.ds_config,
+            micro_batch_rows=recipe.training.micro_batch_rows,
+            batch_rows=recipe.training.batch_rows,
+            world_size=world_size,
+            gradient_clipping=recipe.training.gradient_clipping,
+            device_type=device_type(),
+        )
+        check_trackers(recipe.log.trackers)
+        _share_cores()
+        bf16 = ds_config.get("bf16", {}).get("enabled", False)
+        parts = build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
+        start = _starting_point(recipe, args.resume, rank) if not args.dry_run else None
+        if rank == 0 and not args.dry_run:
+            _prepare_folder(recipe, ds_config)
+        init_distributed(args.timeout)
+        engine = _engine(parts, ds_config)
+        if args.dry_run:
+            page = dry_run(parts, engine)
+            if rank == 0:
+                print(page, flush=True)
+        else:
+            _train(parts, engine, stop, start)
+    finally:
+        stop.remove()
+
+
+def _engine(parts: Parts, ds_config: dict) -> Engine:
+    optimizer = parts.recipe.training.optimizer
+    settings = OptimizerSettings(
+        name=optimizer.name,
+        weight_decay=optimizer.weight_decay,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        momentum=optimizer.momentum,
+    )
+    groups = [ParameterGroup(name, params) for name, params in parts.components.items()]
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+    return Engine(parts.model, groups, ds_config, settings)
+
+
+def _train(parts: Parts, engine: Engine, stop: StopRequest, start: Path | None) -> None:
+    trainer = Trainer(parts, engine, stop)
+    if start is not None:
+        trainer.resume(start)
+    recipe = parts.recipe
+    if engine.rank == 0:
+        trainer.log = RunLog(
+            Path(recipe.run),
+            first_step=trainer.step,
+            steps=recipe.training.steps,
+            interval_steps=recipe.log.interval_steps,
+            trackers=recipe.log.trackers,
+            settings=recipe.model_dump(mode="json"),
+        )
+    try:
+        size = sum(parts.sizes.values())
+        trainer.log.say(
+            f"{size:,} parameters, {engine.world_size} ranks, ZeRO {engine.stage}, {str(engine.dtype).removeprefix('torch.')}"
+            + (f", going on from {start}" if start else "")
+        )
+        trainer.train()
+        if trainer.stopping and trainer.step < recipe.training.steps:
+            trainer.log.say(f"stopped on request after step {trainer.step}; the same command goes on from there")
+        elif trainer.skipped:
+            trainer.log.say(f"done; {trainer.skipped} steps were skipped because their loss or gradient was not finite")
+        else:
+            trainer.log.say("done")
+    finally:
+        trainer.log.close()
+    engine.close()
+
+
+def _starting_point(recipe: Recipe, resume: str, rank: int) -> Path | None:
+    """Return the verified checkpoint to go on from, or None for a new run."""
+    run = Path(recipe.run)
+    say = (lambda line: print(line, flush=True)) if rank == 0 else (lambda line: None)
+    if resume == "auto":
+        start = checkpoint.newest(run, warn=say)
+        if start is None and checkpoint.candidates(run):
+            raise UserError(f"{run}: none of its checkpoints verifies; choose another run folder (run=…) to start anew")
+    elif resume == "never":
+        if checkpoint.candidates(run):
+            raise UserError(f"{run}: has checkpoints, which --resume never would overwrite; choose another run folder (run=…)")
+        return None
+    else:
+        start = Path(resume)
+        checkpoint.verify(start)
+    if start is not None:
+        _check_same_model(recipe, start)
+    return start
+
+
+def _check_same_model(recipe: Recipe, start: Path) -> None:
+    """Refuse to go on with another model or other objectives than the checkpoint's."""
+    saved = load_recipe(start / "config.yaml")
+    for key in ("model", "objectives", "seed"):
+        now = getattr(recipe, key) if key != "objectives" else recipe.objective_configs
+        then = getattr(saved, key) if key != "objectives" else saved.objective_configs
+        if now != then:
+            raise UserError(f"{recipe.source}: {key}: differs from that of {start}; choose another run folder (run=…) or restore it")
+
+
+def _prepare_folder(recipe: Recipe, ds_config: dict) -> None:
+    run = Path(recipe.run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        recipe.save(run / "config.yaml")
+        (run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{recipe.source}: run: cannot write to '{run}': {error.strerror}") from None
+
+
+def _share_cores() -> None:
+    """Divide the cores among the ranks of this machine, unless the user has."""
+    if device_type() == "cpu" and "MEDLEY_THREADS" not in os.environ:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def _tell(kind: str, error: Exception, code: int) -> int:
+    """Print one line, from one rank only when all of them have it."""
+    if code == EXIT_FAILURE or int(os.environ.get("RANK", 0)) == 0:
+        print(f"train: {kind}: {error}", file=sys.stderr, flush=True)
+    return code
