@@ -17,7 +17,8 @@ def nearest(word: str, valid: Iterable[str]) -> str | None:
 
 
 def unknown(kind: str, word: str, valid: Iterable[str], where: str = "") -> UserError:
-    """Build the error for a name that is none of ``valid``: names ``where``, then the nearest valid name or all of them."""
+    """Build the error for a name that is none of ``valid``: names ``where``, then the nearest valid name or all of
+    them."""
     valid = sorted(valid)
     match = nearest(word, valid)
     hint = f"did you mean '{match}'?" if match else f"valid: {', '.join(valid) or 'none'}"

@@ -1,9 +1,9 @@
 """Counter-based randomness: Philox 4×32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
 Every random decision of a run (data order, packing, masks, draws of objectives) is a pure function of a key, the run's
-seed and a named stream, and a counter, such as (position, sample id, visit). So the same run on another number of ranks,
-with another micro-batch, or after a resume decides the same. The functions work alike on numpy int64 arrays and on torch
-int64 tensors of any device; all numbers are unsigned 32-bit values held in int64.
+seed and a named stream, and a counter, such as (position, sample id, visit). So the same run on another number of
+ranks, with another micro-batch, or after a resume decides the same. The functions work alike on numpy int64 arrays
+and on torch int64 tensors of any device; all numbers are unsigned 32-bit values held in int64.
 """
 
 import zlib

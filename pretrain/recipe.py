@@ -64,7 +64,8 @@ class HeldoutConfig(Config):
     interval_steps: int = Field(0, ge=0)
     """Steps between measurements; 0 measures at the start and the end only."""
     rows: int = Field(64, ge=0)
-    """Rows of held-out text, the same ones every time, rounded up to whole micro-batches of all ranks; 0 measures nothing."""
+    """Rows of held-out text, the same ones every time, rounded up to whole micro-batches of all ranks; 0 measures
+    nothing."""
 
 
 class CheckpointConfig(Config):

@@ -13,8 +13,8 @@ from pretrain.philox import philox
 class Batch:
     """Samples laid out in rows, as one rank sees them in one forward pass.
 
-    A sample keeps its global id for life, and nothing about it (attention, positions, losses, corruption) depends on the
-    samples it shares a row or a batch with. Shapes: S samples, ``rows × length`` places.
+    A sample keeps its global id for life, and nothing about it (attention, positions, losses, corruption) depends on
+    the samples it shares a row or a batch with. Shapes: S samples, ``rows × length`` places.
     """
 
     tokens: torch.Tensor
@@ -49,7 +49,8 @@ class Batch:
         return sums.index_add(0, self.segment_ids.reshape(-1) + 1, values.reshape(-1))[1:]
 
     def random_words(self, seed: int, stream: str) -> tuple[torch.Tensor, ...]:
-        """Return four ``[rows, length]`` tensors of random 32-bit words: a function of (seed, stream, sample, visit, position)."""
+        """Return four ``[rows, length]`` tensors of random 32-bit words: a function of (seed, stream, sample, visit,
+        position)."""
         ids = self.per_token(self.sample_ids)
         return philox(seed, stream, self.position_ids, ids, ids >> 32, self.per_token(self.visits))
 

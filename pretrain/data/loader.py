@@ -30,9 +30,10 @@ class StepBatch:
 class Loader:
     """Yields global batches of ``batch_rows`` rows, the same ones whatever the world size and micro-batch.
 
-    The stream of samples (see :func:`pretrain.data.order.shuffled`) is cut into windows; each window's samples are packed
-    into rows and the rows shuffled; a step takes the next ``batch_rows`` rows. Everything is a function of (seed, window,
-    row), so the state is three counters, and going on from any of them takes the time to pack one window.
+    The stream of samples (see :func:`pretrain.data.order.shuffled`) is cut into windows; each window's samples are
+    packed into rows and the rows shuffled; a step takes the next ``batch_rows`` rows. Everything is a function of
+    (seed, window, row), so the state is three counters, and going on from any of them takes the time to pack one
+    window.
 
     Args:
         store: the samples.
@@ -71,7 +72,12 @@ class Loader:
                 f"use {store.max_length} or more"
             )
         self.store, self.seed, self.row_length, self.pad_id = store, seed, row_length, pad_id
-        self.batch_rows, self.micro_batch_rows, self.rank, self.world_size = batch_rows, micro_batch_rows, rank, world_size
+        self.batch_rows, self.micro_batch_rows, self.rank, self.world_size = (
+            batch_rows,
+            micro_batch_rows,
+            rank,
+            world_size,
+        )
         self.packing, self.window_size = packing, min(window, len(store))
         self.window = self.row = self.samples = 0
         self._window_rows = lru_cache(maxsize=2)(self._pack_window)
@@ -83,8 +89,8 @@ class Loader:
         rows = len(self._window_rows(0)[0])
         if rows < self.batch_rows:
             raise UserError(
-                f"{self.store.folder}: {len(self.store)} samples fill {rows} rows of {self.row_length} tokens, less than one "
-                f"batch (training.batch_rows = {self.batch_rows}); use a larger corpus or a smaller batch"
+                f"{self.store.folder}: {len(self.store)} samples fill {rows} rows of {self.row_length} tokens, less than "
+                f"one batch (training.batch_rows = {self.batch_rows}); use a larger corpus or a smaller batch"
             )
 
     def _pack_window(self, window: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -80,11 +80,14 @@ POLICIES: dict[str, type[MaskingPolicy]] = {"random": RandomPolicy}
 
 
 class Masker:
-    """Applies a policy: the masked-language-model corruption of a batch, a function of (seed, stream, sample, visit)."""
+    """Applies a policy: the masked-language-model corruption of a batch, a function of (seed, stream, sample,
+    visit)."""
 
     def __init__(self, config: MaskingConfig, vocabulary: Vocabulary, seed: int, stream: str):
         if vocabulary.mask_id is None and max(config.split.mask.values()) > 0:
-            raise UserError("the store's tokenizer has no mask token; prepare the store with one that does, or set split.mask to 0")
+            raise UserError(
+                "the store's tokenizer has no mask token; prepare the store with one that does, or set split.mask to 0"
+            )
         self.config, self.seed, self.stream = config, seed, stream
         self.policy = POLICIES[config.policy]()
         self.mask_id = vocabulary.mask_id or 0

@@ -2,9 +2,9 @@
 
 Every sample attends to itself alone, whatever shares its row. The model is built with the attention implementation
 :data:`NAME`; the layout of the rows travels to it as the keyword ``layout`` of the backbone's forward. Two ways to the
-same numbers: ``blocks`` computes the diagonal blocks as batches of samples of like length with PyTorch's scaled dot-product
-attention, on any device; ``varlen`` runs all samples in one flash-attention kernel and needs a GPU and 16-bit numbers.
-"""
+same numbers: ``blocks`` computes the diagonal blocks as batches of samples of like length with PyTorch's scaled
+dot-product attention, on any device; ``varlen`` runs all samples in one flash-attention kernel and needs a GPU and
+16-bit numbers."""
 
 from dataclasses import dataclass, field
 
@@ -30,7 +30,8 @@ class Layout:
     _cache: dict = field(default_factory=dict, repr=False)
 
     def blocks(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return samples grouped by length: ``places [n, longest]`` int64 into the flattened rows, ``real [n, longest]``.
+        """Return samples grouped by length: ``places [n, longest]`` int64 into the flattened rows, ``real [n,
+        longest]``.
 
         The length of a group's places is at most twice that of its shortest sample.
         """
@@ -87,7 +88,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         ``[rows, length, heads, dim]`` and None (no attention weights).
     """
     if layout is None:
-        raise RuntimeError(f"{type(module).__name__} did not hand on the layout of the rows: its family does not support packing")
+        raise RuntimeError(
+            f"{type(module).__name__} did not hand on the layout of the rows: its family does not support packing"
+        )
     rows, heads, length, _ = query.shape
     window = kwargs.get("sliding_window")
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))

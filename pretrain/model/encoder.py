@@ -41,7 +41,8 @@ class ModelConfig(Config):
     dropout: float | None = None
     """Every dropout rate of the backbone; null keeps the family's own."""
     attention: Literal["auto", "blocks", "varlen"] = "auto"
-    """How attention over packed rows is computed; ``auto`` takes ``varlen`` on a GPU in bf16 without attention dropout."""
+    """How attention over packed rows is computed; ``auto`` takes ``varlen`` on a GPU in bf16 without attention
+    dropout."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, a third more compute."""
 
@@ -53,7 +54,10 @@ class VocabularyHead(nn.Module):
         super().__init__()
         children = {name: child for name, child in model.named_children() if child is not model.base_model}
         if model.config.model_type == "distilbert":
-            children = {name: children[name] for name in ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector")}
+            children = {
+                name: children[name]
+                for name in ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector")
+            }
         self.layers = nn.ModuleDict(children)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -77,9 +81,7 @@ class Encoder(nn.Module):
         self.packs_rows = model._can_set_attn_implementation()
         if self.packs_rows:
             model.set_attn_implementation(PACKED_ATTENTION)
-        positions = next((m for n, m in self.backbone.named_modules() if n.endswith("position_embeddings")), None)
-        padding = getattr(positions, "padding_idx", None)
-        self.first_position = 0 if padding is None else padding + 1  # RoBERTa counts from there
+        self.first_position = _first_position(model.config.model_type, model.config.pad_token_id)
 
     @property
     def config(self):
@@ -121,7 +123,9 @@ def backbone_config(model: ModelConfig, vocabulary: Vocabulary, max_length: int)
     """
     config = _from_checkpoint(model) if model.checkpoint else _from_scratch(model, vocabulary, max_length)
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"model.family: '{config.model_type}' is an encoder–decoder; this program trains encoders and decoders")
+        raise UserError(
+            f"model.family: '{config.model_type}' is an encoder–decoder; this program trains encoders and decoders"
+        )
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.family: '{config.model_type}' is not a language model that transformers can build")
     if config.vocab_size < vocabulary.size:
@@ -130,13 +134,18 @@ def backbone_config(model: ModelConfig, vocabulary: Vocabulary, max_length: int)
             "prepare the store with the model's own tokenizer (medley prepare --tokenizer)"
         )
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and positions < max_length:
+    if positions is not None and positions - _first_position(config.model_type, config.pad_token_id) < max_length:
         raise UserError(f"model: {positions} positions, but the store's longest sample has {max_length} tokens")
     if model.dropout is not None:
         for name in _DROPOUTS:
             if hasattr(config, name):
                 setattr(config, name, model.dropout)
     return config
+
+
+def _first_position(family: str, pad_id: int | None) -> int:
+    """Return the number of a sample's first position: RoBERTa and its kin count from behind the padding token's id."""
+    return (pad_id or 0) + 1 if "roberta" in family or family in ("camembert", "mpnet") else 0
 
 
 def _from_checkpoint(model: ModelConfig):
@@ -165,13 +174,20 @@ def _from_scratch(model: ModelConfig, vocabulary: Vocabulary, max_length: int):
     for key in model.overrides:
         if not hasattr(defaults, key):
             match = nearest(key, defaults.to_dict())
-            raise UserError(f"model.overrides.{key}: no key of {type(defaults).__name__}" + (f"; did you mean '{match}'?" if match else ""))
+            raise UserError(
+                f"model.overrides.{key}: no key of {type(defaults).__name__}"
+                + (f"; did you mean '{match}'?" if match else "")
+            )
     keys |= {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.pad_id}
     if hasattr(defaults, "max_position_embeddings"):
-        keys["max_position_embeddings"] = max(512, max_length) + 2  # RoBERTa wastes two
+        keys["max_position_embeddings"] = max(512, max_length) + _first_position(model.family, vocabulary.pad_id)
     if model.family == "llama" and "num_key_value_heads" not in model.overrides:
         keys["num_key_value_heads"] = model.overrides.get("num_attention_heads", keys.get("num_attention_heads"))
-    keys |= {name: None for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id") if hasattr(defaults, name)}
+    keys |= {
+        name: None
+        for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+        if hasattr(defaults, name)
+    }
     try:
         return CONFIG_MAPPING[model.family](**(keys | model.overrides))
     except (ValueError, TypeError) as error:
@@ -191,7 +207,9 @@ def build_encoder(model: ModelConfig, config, *, device_type: str, dtype: torch.
 
 
 def _attention(model: ModelConfig, config, device_type: str, dtype: torch.dtype) -> str:
-    dropout = max(float(getattr(config, n, 0) or 0) for n in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"))
+    dropout = max(
+        float(getattr(config, n, 0) or 0) for n in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+    )
     possible = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and dropout == 0
     if model.attention == "auto":
         return "varlen" if possible else "blocks"

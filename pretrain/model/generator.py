@@ -1,4 +1,5 @@
-"""ELECTRA's generator: a smaller masked language model whose samples the discriminator has to tell from the originals."""
+"""ELECTRA's generator: a smaller masked language model whose samples the discriminator has to tell from the
+originals."""
 
 import copy
 
@@ -51,7 +52,8 @@ def _scaled(config, depth: float, width: float):
 
 
 def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw one token a row from ``softmax(logits [n, vocabulary])`` by inverting its cumulative sum at ``uniform [n]`` in [0, 1).
+    """Draw one token a row from ``softmax(logits [n, vocabulary])`` by inverting its cumulative sum at ``uniform
+    [n]`` in [0, 1).
 
     One random number a place instead of one a vocabulary entry keeps the draw a function of (seed, sample, visit,
     position). Returns ``[n]`` int64.

@@ -6,7 +6,6 @@ from torch import nn
 from pretrain.model.encoder import Encoder
 from pretrain.objectives.base import Objective, View
 
-
 BACKBONE = "backbone"
 
 
@@ -63,8 +62,8 @@ class MultiObjectiveModel(nn.Module):
             the micro-step's part of the step's loss, a scalar, and term → ``[S]`` float32, each sample's sum of losses,
             detached.
 
-        The loss is Σ over terms of scale × Σ over samples of weight × sum: added over all ranks and micro-steps it is the
-        weighted mean over the step's global count.
+        The loss is Σ over terms of scale × Σ over samples of weight × sum: added over all ranks and micro-steps it is
+        the weighted mean over the step's global count.
         """
         sums: dict[str, torch.Tensor] = {}
         for name, view in views.items():

@@ -45,7 +45,8 @@ class LabelledView(View):
 class Objective(ABC):
     """One objective: how a batch is corrupted, and the loss of every sample.
 
-    An objective has one or more *terms*, each a sum of losses and a count of targets for every sample. Nothing is reduced
+    An objective has one or more *terms*, each a sum of losses and a count of targets for every sample. Nothing is
+    reduced
     here: the mean over the step's global count, and the sum over terms with :attr:`terms` as weights, are taken in one
     place for all (:class:`pretrain.model.multi_objective.MultiObjectiveModel`).
     """
@@ -79,7 +80,8 @@ class Objective(ABC):
 
     @abstractmethod
     def corrupt(self, batch: Batch, progress: float) -> View:
-        """Return the objective's view of a batch: a function of (seed, sample, visit) and of the run's ``progress`` in 0..1."""
+        """Return the objective's view of a batch: a function of (seed, sample, visit) and of the run's ``progress``
+        in 0..1."""
 
     @abstractmethod
     def loss(self, model: MultiObjectiveModel, view: View) -> dict[str, torch.Tensor]:

@@ -22,9 +22,9 @@ class CSEConfig(Config):
     temperature: float = Field(0.05, gt=0)
     """Divides the cosine similarities."""
     group_rows: int = Field(8, ge=1)
-    """The negatives of a sample are the other samples of its group: this many consecutive rows of the global batch. Fixed
-    by the recipe, so that the loss does not change with the micro-batch or the number of ranks; a micro-batch must hold
-    whole groups."""
+    """The negatives of a sample are the other samples of its group: this many consecutive rows of the global batch.
+    Fixed by the recipe, so that the loss does not change with the micro-batch or the number of ranks; a micro-batch
+    must hold whole groups."""
     pooling: Literal["first", "mean"] = "first"
     """A sample's embedding: its first token's hidden state, or the mean over its tokens."""
 
@@ -50,7 +50,8 @@ class GroupedView(View):
 
 @register
 class ContrastiveSentenceEmbeddings(Objective):
-    """Cross entropy of finding one's own second view among the group's. Samples couple: there is no per-sample gradient."""
+    """Cross entropy of finding one's own second view among the group's. Samples couple: there is no per-sample
+    gradient."""
 
     name = "cse"
     Config = CSEConfig
@@ -63,7 +64,9 @@ class ContrastiveSentenceEmbeddings(Objective):
 
     def check(self, encoder: Encoder) -> None:
         if not any(isinstance(module, nn.Dropout) and module.p > 0 for module in encoder.modules()):
-            raise UserError("objectives.cse: the backbone has no dropout, so both views would be equal; set model.dropout (0.1)")
+            raise UserError(
+                "objectives.cse: the backbone has no dropout, so both views would be equal; set model.dropout (0.1)"
+            )
         if encoder.causal_only and self.config.pooling == "first":
             raise UserError("objectives.cse.pooling: a decoder's first token sees nothing else; use 'mean'")
 

@@ -47,7 +47,9 @@ class MaskedLanguageModelling(Objective):
 
     def check(self, encoder: Encoder) -> None:
         if encoder.causal_only:
-            raise UserError(f"objectives.mlm: '{encoder.config.model_type}' is a decoder, which sees no later token; use clm")
+            raise UserError(
+                f"objectives.mlm: '{encoder.config.model_type}' is a decoder, which sees no later token; use clm"
+            )
 
     def build_heads(self, encoder: Encoder) -> dict[str, nn.Module]:
         return {"vocabulary": encoder.vocabulary_head()}

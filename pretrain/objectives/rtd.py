@@ -85,7 +85,9 @@ class ReplacedTokenDetection(Objective):
 
     def check(self, encoder: Encoder) -> None:
         if encoder.causal_only:
-            raise UserError(f"objectives.rtd: '{encoder.config.model_type}' is a decoder; replaced token detection needs an encoder")
+            raise UserError(
+                f"objectives.rtd: '{encoder.config.model_type}' is a decoder; replaced token detection needs an encoder"
+            )
 
     def build_heads(self, encoder: Encoder) -> dict[str, nn.Module]:
         config = encoder.config

@@ -14,8 +14,8 @@ class SamplerConfig(Config):
     """Which objectives a step trains."""
 
     name: Literal["fixed", "uniform", "proportional", "round_robin"] = "fixed"
-    """``fixed``: all of them in every step, with their shares; ``uniform`` and ``proportional``: one a step, drawn alike or
-    by the shares; ``round_robin``: one a step, in turn."""
+    """``fixed``: all of them in every step, with their shares; ``uniform`` and ``proportional``: one a step, drawn
+    alike or by the shares; ``round_robin``: one a step, in turn."""
     shares: dict[str, float] = {}
     """Objective → share, for ``fixed`` and ``proportional``; scaled to sum to 1. Empty means equal shares."""
 
@@ -49,7 +49,7 @@ class Sampler(ABC):
         """Return what was learnt; rules learn nothing."""
         return {}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> None:  # noqa: B027  (rules have no state)
         """Take up what was learnt."""
 
 

@@ -1,4 +1,5 @@
-"""From a recipe to everything a run needs. Whatever is wrong with the input comes out here, before any process group."""
+"""From a recipe to everything a run needs. Whatever is wrong with the input comes out here, before any process
+group."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
     vocabulary = Vocabulary.of(tokenizer)
     sampler = build_sampler(recipe.sampler, list(recipe.objective_configs), recipe.seed, recipe.source)
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe, vocabulary, store.max_length, dtype=dtype)
+    model = build_model(recipe, vocabulary, backbone_config(recipe.model, vocabulary, store.max_length), dtype=dtype)
     components = model.components()
     parts = Parts(
         recipe=recipe,
@@ -95,8 +96,8 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
     return parts
 
 
-def build_model(recipe: Recipe, vocabulary: Vocabulary, max_length: int, *, dtype: torch.dtype) -> MultiObjectiveModel:
-    """Build the model of a recipe on the CPU in fp32."""
+def build_model(recipe: Recipe, vocabulary: Vocabulary, config, *, dtype: torch.dtype) -> MultiObjectiveModel:
+    """Build the model of a recipe around a Hugging Face ``config``, on the CPU in fp32."""
     objectives = build_objectives(recipe.objective_configs, vocabulary, recipe.seed)
     for name, objective in objectives.items():
         if recipe.training.micro_batch_rows % objective.rows_together:
@@ -104,7 +105,6 @@ def build_model(recipe: Recipe, vocabulary: Vocabulary, max_length: int, *, dtyp
                 f"{recipe.source}: training.micro_batch_rows: {recipe.training.micro_batch_rows} is no multiple of the "
                 f"{objective.rows_together} rows that '{name}' needs together (objectives.{name}.group_rows)"
             )
-    config = backbone_config(recipe.model, vocabulary, max_length)
     encoder = build_encoder(recipe.model, config, device_type=device_type(), dtype=dtype)
     return MultiObjectiveModel(encoder, objectives)
 
@@ -112,7 +112,9 @@ def build_model(recipe: Recipe, vocabulary: Vocabulary, max_length: int, *, dtyp
 def _open_stores(recipe: Recipe) -> tuple[Store, Store | None]:
     folder = Path(recipe.data.store)
     if not folder.is_dir():
-        raise UserError(f"{recipe.source}: data.store: no folder '{folder}'; make it with 'medley prepare … --out {folder}'")
+        raise UserError(
+            f"{recipe.source}: data.store: no folder '{folder}'; make it with 'medley prepare … --out {folder}'"
+        )
     heldout = folder / "heldout"
     stores = Store(folder / "train"), Store(heldout) if heldout.is_dir() else None
     return stores[0], stores[1] if stores[1] is not None and len(stores[1]) else None
@@ -120,8 +122,9 @@ def _open_stores(recipe: Recipe) -> tuple[Store, Store | None]:
 
 def _row_length(recipe: Recipe, store: Store, model: MultiObjectiveModel) -> int:
     if recipe.data.packing and not model.encoder.packs_rows:
+        family = model.encoder.config.model_type
         raise UserError(
-            f"{recipe.source}: data.packing: the attention of '{model.encoder.config.model_type}' cannot keep packed samples "
+            f"{recipe.source}: data.packing: the attention of '{family}' cannot keep packed samples "
             "apart; set it to off"
         )
     return recipe.data.row_length or store.max_length * (4 if recipe.data.packing else 1)

@@ -1,8 +1,8 @@
 """Checkpoints that can be trusted: whole or not there at all, and verified before they are used.
 
-A checkpoint is a folder ``checkpoints/step-00000100``. It is written under another name, listed in ``manifest.json`` with
-the size and sha256 of every file, renamed, and only then named in ``checkpoints/latest``. Whatever lacks a manifest that
-verifies does not count.
+A checkpoint is a folder ``checkpoints/step-00000100``. It is written under another name, listed in ``manifest.json``
+with the size and sha256 of every file, renamed, and only then named in ``checkpoints/latest``. Whatever lacks a
+manifest that verifies does not count.
 """
 
 import hashlib
@@ -74,7 +74,9 @@ def verify(folder: Path) -> dict:
 
 def candidates(run: Path) -> list[Path]:
     """Return the run's checkpoint folders, newest first, verified or not."""
-    return sorted((p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.suffix != _PARTIAL), reverse=True)
+    return sorted(
+        (p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.suffix != _PARTIAL), reverse=True
+    )
 
 
 def newest(run: Path, warn=print) -> Path | None:

@@ -28,7 +28,8 @@ def largest_batch(parts: Parts) -> Batch:
 
 
 def dry_run(parts: Parts, engine: Engine) -> str:
-    """Run forward, backward and update once for every plan the sampler can make; return a page of facts. All ranks call it."""
+    """Run forward, backward and update once for every plan the sampler can make; return a page of facts. All ranks
+    call it."""
     batch = largest_batch(parts).to(engine.device)
     names = list(parts.model.objectives)
     for plan in [names] if parts.sampler.mixes else [[name] for name in names]:
@@ -44,10 +45,11 @@ def dry_run(parts: Parts, engine: Engine) -> str:
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of {torch.cuda.get_device_name()}"
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB (resident, whole process)"
+    tokens = parts.store.meta["tokens"]
     lines = [
         f"model          {sum(parts.sizes.values()):,} parameters",
         *(f"  {name:<20} {size:>14,}" for name, size in parts.sizes.items()),
-        f"store          {len(parts.store):,} samples, {parts.store.meta['tokens']:,} tokens, longest {parts.store.max_length}",
+        f"store          {len(parts.store):,} samples, {tokens:,} tokens, longest {parts.store.max_length}",
         f"step           {training.batch_rows} rows × {parts.row_length} tokens = at most "
         f"{training.batch_rows * parts.row_length:,} tokens",
         f"               {engine.world_size} ranks × {accumulation} micro-steps × {training.micro_batch_rows} rows",

@@ -11,9 +11,9 @@ from pretrain.training.log import peak_flops
 class FlopCounter:
     """Counts each objective's matrix-product FLOPs on one micro-batch, once; idle if the device's peak is not known.
 
-    A backward pass counts as two forwards; recomputed activations and optimizer arithmetic do not count (the model FLOPs
-    of arXiv 2204.02311, appendix B). Attention in flash kernels is left out by the counter, so the utilisation of long
-    samples is understated.
+    A backward pass counts as two forwards; recomputed activations and optimizer arithmetic do not count (the model
+    FLOPs of arXiv 2204.02311, appendix B). Attention in flash kernels is left out by the counter, so the utilisation
+    of long samples is understated.
     """
 
     def __init__(self, parts: Parts, engine: Engine):

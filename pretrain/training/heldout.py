@@ -20,7 +20,8 @@ class HeldoutProbe:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Return objective → mean loss; all ranks call it. Dropout is off where the loss allows it; no gradient remains."""
+        """Return objective → mean loss; all ranks call it. Dropout is off where the loss allows it; no gradient
+        remains."""
         results = {}
         for name, objective in self.model.objectives.items():
             self.engine.module.train(objective.needs_dropout)

@@ -32,7 +32,9 @@ class RunLog:
         settings: what the trackers are told of the run.
     """
 
-    def __init__(self, run: Path, *, first_step: int, steps: int, interval_steps: int, trackers: list[str], settings: dict):
+    def __init__(
+        self, run: Path, *, first_step: int, steps: int, interval_steps: int, trackers: list[str], settings: dict
+    ):
         self.steps, self.interval_steps = steps, interval_steps
         self._metrics_path = run / METRICS
         _keep_steps(self._metrics_path, first_step)

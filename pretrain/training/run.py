@@ -29,9 +29,15 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of a training run."""
     parser = argparse.ArgumentParser(description="Pre-train a language encoder on one or many objectives.")
     parser.add_argument("--ds_config", required=True, metavar="FILE", help="DeepSpeed JSON: how it is run")
-    parser.add_argument("--config", default=str(DEFAULT_RECIPE), metavar="FILE", help="recipe: what is trained (default: quickstart)")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="what to go on from (default: auto)")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, run one largest batch, print what it takes, exit")
+    parser.add_argument(
+        "--config", default=str(DEFAULT_RECIPE), metavar="FILE", help="recipe: what is trained (default: quickstart)"
+    )
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|CHECKPOINT", help="what to go on from (default: auto)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, run one largest batch, print what it takes, exit"
+    )
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest wait for another rank")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to override, dotted")
@@ -113,9 +119,9 @@ def _train(parts: Parts, engine: Engine, stop: StopRequest, start: Path | None) 
             settings=recipe.model_dump(mode="json"),
         )
     try:
-        size = sum(parts.sizes.values())
+        size, precision = sum(parts.sizes.values()), str(engine.dtype).removeprefix("torch.")
         trainer.log.say(
-            f"{size:,} parameters, {engine.world_size} ranks, ZeRO {engine.stage}, {str(engine.dtype).removeprefix('torch.')}"
+            f"{size:,} parameters, {engine.world_size} ranks, ZeRO {engine.stage}, {precision}"
             + (f", going on from {start}" if start else "")
         )
         trainer.train()
@@ -140,7 +146,9 @@ def _starting_point(recipe: Recipe, resume: str, rank: int) -> Path | None:
             raise UserError(f"{run}: none of its checkpoints verifies; choose another run folder (run=…) to start anew")
     elif resume == "never":
         if checkpoint.candidates(run):
-            raise UserError(f"{run}: has checkpoints, which --resume never would overwrite; choose another run folder (run=…)")
+            raise UserError(
+                f"{run}: has checkpoints, which --resume never would overwrite; choose another run folder (run=…)"
+            )
         return None
     else:
         start = Path(resume)
@@ -157,7 +165,9 @@ def _check_same_model(recipe: Recipe, start: Path) -> None:
         now = getattr(recipe, key) if key != "objectives" else recipe.objective_configs
         then = getattr(saved, key) if key != "objectives" else saved.objective_configs
         if now != then:
-            raise UserError(f"{recipe.source}: {key}: differs from that of {start}; choose another run folder (run=…) or restore it")
+            raise UserError(
+                f"{recipe.source}: {key}: differs from that of {start}; choose another run folder (run=…) or restore it"
+            )
 
 
 def _prepare_folder(recipe: Recipe, ds_config: dict) -> None:
@@ -173,7 +183,9 @@ def _prepare_folder(recipe: Recipe, ds_config: dict) -> None:
 def _share_cores() -> None:
     """Divide the cores among the ranks of this machine, unless the user has."""
     if device_type() == "cpu" and "MEDLEY_THREADS" not in os.environ:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", 1))
+        ranks = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", 1)
+        )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 

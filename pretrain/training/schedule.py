@@ -12,7 +12,8 @@ class ScheduleConfig(Config):
     """Warm-up, then a shape, down to a fraction of the peak."""
 
     shape: Literal["constant", "linear", "cosine", "trapezoid"] = "linear"
-    """What follows the warm-up; ``trapezoid`` stays at the peak and falls linearly over the last ``cooldown`` of the run."""
+    """What follows the warm-up; ``trapezoid`` stays at the peak and falls linearly over the last ``cooldown`` of the
+    run."""
     warmup: float = Field(0.06, ge=0, le=1)
     """Fraction of the run's steps over which the rate rises linearly from 0."""
     cooldown: float = Field(0.2, gt=0, le=1)

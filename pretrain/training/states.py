@@ -61,6 +61,20 @@ def load_states(folder: Path, module: nn.Module, flats: list[Flat], state: dict)
             buffer.copy_(files.whole(f"{_BUFFER}/{name}"))
 
 
+def load_weights(folder: Path, module: nn.Module) -> None:
+    """Fill the parameters and buffers of a whole ``module``, in one process without an engine, from all ranks' files.
+
+    Raises:
+        UserError: as ``load_states``.
+    """
+    with _Files(folder) as files, torch.no_grad():
+        for name, parameter in module.named_parameters():
+            fragment = Fragment(parameter, 0, 0, parameter.numel())
+            files.copy(f"{_WEIGHT}/{name}", name, fragment, parameter.view(-1))
+        for name, buffer in module.named_buffers():
+            buffer.copy_(files.whole(f"{_BUFFER}/{name}"))
+
+
 def consolidate(module: nn.Module, flats: list[Flat], rank: int, replicated: bool) -> dict[str, Tensor] | None:
     """Return the module's state dict with the fp32 masters as weights, on the CPU of rank 0; None on other ranks.
 

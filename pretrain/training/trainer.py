@@ -52,7 +52,11 @@ class Trainer:
             if self._heldout_is_due():
                 record["heldout"] = self.heldout.losses()
             self.log.step(record)
-            if self.stopping or self.step == self.config.steps or self.step % self.recipe.checkpoint.interval_steps == 0:
+            if (
+                self.stopping
+                or self.step == self.config.steps
+                or self.step % self.recipe.checkpoint.interval_steps == 0
+            ):
                 self.save()
 
     def train_step(self) -> dict:
@@ -90,7 +94,10 @@ class Trainer:
     def count_targets(self, views: list[dict[str, View]]) -> dict[str, float]:
         """Return term → targets in the global batch: all ranks, all micro-steps."""
         terms = [term for view in views[0].values() for term in view.counts]
-        local = [sum(view.counts[term].sum() for views_ in views for view in views_.values() if term in view.counts) for term in terms]
+        local = [
+            sum(view.counts[term].sum() for views_ in views for view in views_.values() if term in view.counts)
+            for term in terms
+        ]
         return dict(zip(terms, self.engine.all_reduce(torch.stack(local)).tolist(), strict=True))
 
     def loss_scales(self, plan: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
@@ -146,7 +153,8 @@ class Trainer:
         """Return the step's line of ``metrics.jsonl``; fields are described in docs/formats.md."""
         means = {term: total / max(counts[term], 1.0) for term, total in sums.items()}
         losses = {
-            name: sum(weight * means[term] for term, weight in self.model.objectives[name].terms.items()) for name in plan
+            name: sum(weight * means[term] for term, weight in self.model.objectives[name].terms.items())
+            for name in plan
         }
         self.tokens += batch.tokens
         return {
@@ -199,7 +207,9 @@ class Trainer:
             shutil.rmtree(partial, ignore_errors=True)
             last = next(iter(checkpoint.candidates(self.run)), None)
             reason = str(error).strip().splitlines()[0]
-            raise RunError(f"step {self.step}: cannot save a checkpoint: {reason}; last good one: {last or 'none'}") from error
+            raise RunError(
+                f"step {self.step}: cannot save a checkpoint: {reason}; last good one: {last or 'none'}"
+            ) from error
         self.engine.barrier()
 
     def _save_facts(self, folder: Path) -> None:

@@ -1,0 +1,179 @@
+"""From a checkpoint to a Hugging Face folder: weights, configuration, tokenizer, and a card that says how it was
+made."""
+
+import argparse
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, ElectraForPreTraining, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from pretrain.data.tokenization import load_tokenizer
+from pretrain.errors import UserError
+from pretrain.model.multi_objective import MultiObjectiveModel
+from pretrain.model.vocabulary import Vocabulary
+from pretrain.recipe import Recipe, load_recipe
+from pretrain.training import checkpoint as checkpoints
+from pretrain.training.build import build_model
+from pretrain.training.log import read_metrics
+from pretrain.training.states import load_weights
+
+KINDS = ("masked-lm", "causal-lm", "discriminator", "generator", "backbone")
+
+
+def export(checkpoint: str | Path, out: str | Path, kind: str | None = None, *, overwrite: bool = False) -> Path:
+    """Write a checkpoint as a Hugging Face folder and return that folder.
+
+    Args:
+        checkpoint: a checkpoint, or a run folder, whose newest good checkpoint is then taken.
+        out: the folder to make.
+        kind: one of :data:`KINDS`; None takes what fits the objectives: a masked or causal language model where one was
+            trained, ELECTRA's discriminator where only that was, else the backbone.
+        overwrite: replace ``out`` if it exists.
+
+    Raises:
+        UserError: if there is no good checkpoint, ``out`` exists, or the kind was not trained.
+    """
+    folder, out = resolve_checkpoint(checkpoint), Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists already; choose another folder or pass --overwrite")
+    manifest = checkpoints.verify(folder)
+    recipe = load_recipe(folder / "config.yaml")
+    tokenizer = load_tokenizer(folder / "model")
+    model = load_model(folder, recipe, Vocabulary.of(tokenizer))
+    chosen = _choose(model, kind or _fitting_kind(model))
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        chosen.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card(folder, manifest, recipe, chosen), encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """Return ``path`` if it is a checkpoint, or the newest good checkpoint if it is a run folder."""
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        newest = checkpoints.newest(path)
+        if newest is None:
+            raise UserError(f"{path}: has no checkpoint that verifies")
+        return newest
+    if not (path / checkpoints.MANIFEST).is_file():
+        raise UserError(f"{path}: neither a checkpoint (no {checkpoints.MANIFEST}) nor a run folder (no checkpoints/)")
+    return path
+
+
+def load_model(folder: Path, recipe: Recipe, vocabulary: Vocabulary) -> MultiObjectiveModel:
+    """Return the training model of a checkpoint saved at any ZeRO stage and world size, in fp32 on the CPU."""
+    scratch = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpoint": None})})
+    config = AutoConfig.from_pretrained(folder / "model")
+    model = build_model(scratch, vocabulary, config, dtype=torch.float32)
+    load_weights(folder / "engine", model)
+    return model.eval()
+
+
+def _fitting_kind(model: MultiObjectiveModel) -> str:
+    if "vocabulary" in model.heads:
+        return "causal-lm" if model.encoder.causal_only else "masked-lm"
+    electra = model.encoder.config.model_type == "electra"
+    return "discriminator" if "detection" in model.heads and electra else "backbone"
+
+
+def _choose(model: MultiObjectiveModel, kind: str) -> PreTrainedModel:
+    """Return the Hugging Face model of a kind, sharing the training model's weights."""
+    trained, family = ", ".join(model.objectives), model.encoder.config.model_type
+    if kind in ("masked-lm", "causal-lm"):
+        if "vocabulary" not in model.heads or model.encoder.causal_only != (kind == "causal-lm"):
+            raise UserError(f"--as {kind}: the run trained none ({trained} on '{family}')")
+        return model.encoder.pretrained
+    if kind == "generator":
+        if "generator" not in model.heads:
+            raise UserError(f"--as generator: the run trained none ({trained})")
+        return model.heads["generator"].encoder.pretrained
+    if kind == "discriminator":
+        if "detection" not in model.heads or family != "electra":
+            raise UserError(f"--as discriminator: needs 'rtd' on the family 'electra' ({trained} on '{family}')")
+        discriminator = ElectraForPreTraining(model.encoder.config)
+        discriminator.electra = model.encoder.backbone
+        discriminator.discriminator_predictions.load_state_dict(model.heads["detection"].state_dict())
+        return discriminator
+    return model.encoder.backbone
+
+
+def model_card(folder: Path, manifest: dict, recipe: Recipe, model: PreTrainedModel) -> str:
+    """Return the README of an export: what it is, how to load it, and the run it comes from."""
+    state = json.loads((folder / "trainer.json").read_text())
+    records = [r for r in read_metrics(folder.parents[1]) if r["step"] == manifest["step"]]
+    losses = (
+        {**records[-1]["losses"], **{f"{n} (held-out)": v for n, v in records[-1].get("heldout", {}).items()}}
+        if records
+        else {}
+    )
+    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in losses.items())
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("medley-pretrain", "torch", "transformers", "deepspeed")
+    )
+    loader = type(model).__name__
+    return f"""---
+library_name: transformers
+tags: [medley, {", ".join(recipe.objective_configs)}]
+---
+
+# {Path(recipe.run).name}
+
+A {model.config.model_type} model of {model.num_parameters():,} parameters, pre-trained with Medley on the objectives
+{", ".join(recipe.objective_configs)}.
+
+```python
+from transformers import AutoTokenizer, {loader}
+
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+model = {loader}.from_pretrained("THIS_FOLDER")
+```
+
+| | |
+|---|---|
+| steps | {manifest["step"]:,} |
+| samples | {state["loader"]["samples"]:,} |
+| tokens | {state["tokens"]:,} |
+| store | {recipe.data.store} |
+| store fingerprint | `{state["loader"]["identity"]["store"]}` |
+| seed | {recipe.seed} |
+| ranks, ZeRO stage | {manifest["world_size"]}, {manifest["zero_stage"]} |
+| versions | {versions} |
+
+| loss | at the last step |
+|---|---|
+{table}
+
+The whole recipe:
+
+```yaml
+{(folder / "config.yaml").read_text().rstrip()}
+```
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``medley export``."""
+    parser.add_argument("checkpoint", help="a checkpoint, or a run folder (its newest good checkpoint)")
+    parser.add_argument("--out", metavar="FOLDER", help="default: RUN/export")
+    parser.add_argument("--as", dest="kind", choices=KINDS, help="default: what fits the objectives")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run ``medley export``."""
+    disable_progress_bar()
+    folder = resolve_checkpoint(args.checkpoint)
+    out = Path(args.out) if args.out else folder.parents[1] / "export"
+    print(f"exported {folder} → {export(folder, out, args.kind, overwrite=args.overwrite)}")
