@@ -18,7 +18,9 @@ index in the store and never changes.
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -56,7 +58,9 @@ class Store:
         try:
             index = np.load(self.folder / "index.npy", mmap_mode="r" if samples else None)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / 'index.npy'}: cannot be read ({error}); prepare the corpus again") from None
+            raise UserError(
+                f"{self.folder / 'index.npy'}: cannot be read ({error}); prepare the corpus again"
+            ) from None
         if index.shape != (samples, 2):
             raise UserError(f"{self.folder / 'index.npy'}: shape {index.shape}, but meta.json says ({samples}, 2)")
         self.offsets, self.lengths = index[:, 0], index[:, 1]
@@ -93,23 +97,31 @@ class StoreWriter:
     def __init__(self, folder: str | Path, vocabulary_size: int):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True)
+        self.vocabulary_size = vocabulary_size
         self.dtype = np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
         self.samples = self.token_count = self.max_length = 0
         self._tokens = open(self.folder / "tokens.bin", "wb")
         self._index = open(self.folder / "index.raw", "wb")
-        self._hash = hashlib.sha256()
+        self._tokens_hash, self._index_hash = hashlib.sha256(), hashlib.sha256()
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Add samples: ``tokens [sum of lengths]`` of any integer dtype, ``lengths [samples]``, none of them zero."""
-        if len(lengths) == 0:
+        """Add samples: ``tokens [sum of lengths]`` of any integer dtype, ``lengths [samples]``, none of them zero.
+
+        Raises:
+            ValueError: if the lengths do not add up to the tokens, or a token is not in the vocabulary.
+        """
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths, np.int64)
+        if len(tokens) != lengths.sum() or (lengths < 1).any():
+            raise ValueError(f"{len(tokens)} tokens, but positive lengths that add up to {lengths.sum()}")
+        if len(tokens) == 0:
             return
-        lengths = np.asarray(lengths, np.int64)
+        if tokens.min() < 0 or tokens.max() >= self.vocabulary_size:
+            raise ValueError(f"token ids {tokens.min()}…{tokens.max()}, vocabulary of {self.vocabulary_size}")
         index = np.stack([self.token_count + np.cumsum(lengths) - lengths, lengths], axis=1).astype("<i8")
-        for file, content in ((self._tokens, np.asarray(tokens).astype(self.dtype).tobytes()), (self._index, index.tobytes())):
-            file.write(content)
-            self._hash.update(content)
+        _write(self._tokens, self._tokens_hash, tokens.astype(self.dtype).tobytes())
+        _write(self._index, self._index_hash, index.tobytes())
         self.samples += len(lengths)
-        self.token_count += int(lengths.sum())
+        self.token_count += len(tokens)
         self.max_length = max(self.max_length, int(lengths.max()))
 
     def close(self, **meta) -> None:
@@ -120,8 +132,7 @@ class StoreWriter:
         with open(self.folder / "index.npy", "wb") as out, open(raw, "rb") as rows:
             header = {"descr": "<i8", "fortran_order": False, "shape": (self.samples, 2)}
             np.lib.format.write_array_header_1_0(out, header)
-            while block := rows.read(1 << 20):
-                out.write(block)
+            shutil.copyfileobj(rows, out, 1 << 20)
         raw.unlink()
         document = {
             "format_version": FORMAT_VERSION,
@@ -129,7 +140,12 @@ class StoreWriter:
             "samples": self.samples,
             "tokens": self.token_count,
             "max_length": self.max_length,
-            "fingerprint": self._hash.hexdigest(),
+            "fingerprint": hashlib.sha256(self._tokens_hash.digest() + self._index_hash.digest()).hexdigest(),
             **meta,
         }
         (self.folder / "meta.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _write(file: BinaryIO, digest, content: bytes) -> None:
+    file.write(content)
+    digest.update(content)
