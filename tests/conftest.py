@@ -8,13 +8,14 @@ from tests.distributed import RankPool
 
 
 @pytest.fixture(scope="session")
-def _rank_pool() -> Iterator[RankPool]:
+def rank_pool() -> Iterator[RankPool]:
+    """The session's pool of rank processes, for fixtures that outlive a test; tests take ``ranks``."""
     pool = RankPool()
     yield pool
     pool.close()
 
 
 @pytest.fixture
-def ranks(_rank_pool: RankPool) -> Callable[..., list]:
+def ranks(rank_pool: RankPool) -> Callable[..., list]:
     """``ranks(function, *args, world_size=2) -> [result of rank 0, …]``; see tests/distributed.py."""
-    return _rank_pool.run
+    return rank_pool.run

@@ -1,6 +1,7 @@
-"""Run a function on several ranks, cheaply: a pool of worker processes that lives as long as the test session.
+"""Run a function on several ranks, cheaply: worker processes that live as long as the test session.
 
-Importing torch and DeepSpeed costs seconds, so the workers are started once and get one call after another. A call
+Importing torch and DeepSpeed costs seconds, so the workers are started once and get one call after another; each world
+size has its own, so that all ranks have the same history (DeepSpeed numbers parameters over a process's life). A call
 finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and a fresh MASTER_PORT in its environment, as under a launcher, and
 makes its own process group (``pretrain.training.engine.init_distributed`` or plain
 ``torch.distributed.init_process_group("gloo")``); the worker takes the group down and restores the environment.
@@ -32,10 +33,10 @@ class RanksFailed(AssertionError):
 
 
 class RankPool:
-    """Worker processes, one a rank, started when first needed and again after a hang or a death."""
+    """Worker processes, one a rank, started when first needed and again after a failure, a hang or a death."""
 
     def __init__(self):
-        self._workers: list[_Worker] = []
+        self._workers: dict[int, list[_Worker]] = {}  # by world size
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._started = 0
 
@@ -46,10 +47,11 @@ class RankPool:
 
         ``function`` is a module-level function; arguments and results must be picklable (tensors are copied).
         Raises the exception of the rank that failed first, with all tracebacks as notes, or RanksFailed if a rank hangs
-        longer than ``time_limit_seconds`` or dies; in both latter cases the pool's processes are ended.
+        longer than ``time_limit_seconds`` or dies. The processes of a failed call are ended.
         """
-        self._grow(world_size)
-        workers, port = self._workers[:world_size], _free_port()
+        if world_size not in self._workers:
+            self._workers[world_size] = [self._start() for _ in range(world_size)]
+        workers, port = self._workers[world_size], _free_port()
         for rank, worker in enumerate(workers):
             worker.send((_environment(rank, world_size, port), function, args))
         deadline = time.monotonic() + time_limit_seconds
@@ -58,29 +60,34 @@ class RankPool:
             waiting = {worker.connection: rank for rank, worker in enumerate(workers) if rank not in replies}
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise self._give_up(workers, replies, f"no answer within {time_limit_seconds:g} s")
+                raise self._give_up(replies, workers, f"no answer within {time_limit_seconds:g} s")
             for connection in ready:
                 try:
                     replies[waiting[connection]] = pickle.loads(connection.recv_bytes())
                 except EOFError:
-                    raise self._give_up(workers, replies, f"rank {waiting[connection]} died") from None
-        _raise_failure(replies, workers)
+                    raise self._give_up(replies, workers, f"rank {waiting[connection]} died") from None
+        if any(not reply[0] for reply in replies.values()):
+            error = _first_failure(replies, workers)
+            self._end(world_size)
+            raise error
         return [replies[rank][1] for rank in range(world_size)]
 
     def close(self) -> None:
         """End all workers and wait for them."""
-        for worker in self._workers:
-            worker.end()
-        self._workers.clear()
+        for world_size in list(self._workers):
+            self._end(world_size)
         self._folder.cleanup()
 
-    def _grow(self, world_size: int) -> None:
-        while len(self._workers) < world_size:
-            self._workers.append(_Worker(Path(self._folder.name) / f"worker-{self._started}"))
-            self._started += 1
+    def _start(self) -> "_Worker":
+        self._started += 1
+        return _Worker(Path(self._folder.name) / f"worker-{self._started}")
 
-    def _give_up(self, workers: list["_Worker"], replies: dict[int, tuple], reason: str) -> RanksFailed:
-        """Collect what every rank was doing, end all workers, and return the error to raise."""
+    def _end(self, world_size: int) -> None:
+        for worker in self._workers.pop(world_size):
+            worker.end()
+
+    def _give_up(self, replies: dict[int, tuple], workers: list["_Worker"], reason: str) -> RanksFailed:
+        """Collect what every rank was doing, end the workers, and return the error to raise."""
         lines = [reason]
         for rank, worker in enumerate(workers):
             if rank not in replies:
@@ -88,9 +95,7 @@ class RankPool:
             else:
                 outcome, value = replies[rank][:2]
                 lines += [f"--- rank {rank} had {'returned' if outcome else f'failed: {value!r}'}", *replies[rank][2:]]
-        for worker in self._workers:
-            worker.end()
-        self._workers.clear()
+        self._end(len(workers))
         return RanksFailed("\n".join(lines))
 
 
@@ -182,15 +187,13 @@ def _take_down_process_group() -> None:
         sys.modules["torch.distributed"].destroy_process_group()
 
 
-def _raise_failure(replies: dict[int, tuple], workers: list[_Worker]) -> None:
-    """Raise the exception that came first (later ones are often its echo), with every failed rank's traceback."""
+def _first_failure(replies: dict[int, tuple], workers: list[_Worker]) -> BaseException:
+    """Return the exception that came first (later ones are often its echo), with every failed rank's traceback."""
     failed = [rank for rank in replies if not replies[rank][0]]
-    if not failed:
-        return
     error = replies[failed[0]][1]
     for rank in failed:
         error.add_note(f"--- rank {rank}:\n{replies[rank][2]}{workers[rank].log_tail()}")
-    raise error
+    return error
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:

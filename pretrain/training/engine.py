@@ -54,8 +54,11 @@ class Engine:
         self._optimizer = build_optimizer(module, groups, settings)
         self._components = frozenset(group.name for group in groups)
         self._clip = ds_config["gradient_clipping"]
+        given = {id(each): each.detach().to("cpu", torch.float32, copy=True) for each in module.parameters()}
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
         self._flats = ds_internals.flats(self._engine)
+        if self.dtype != torch.float32:
+            self._fill_masters(given)
         self._optimizer.layout = {id(flat.master): flat for flat in self._flats}
         self._optimizer.partitioned = self.stage > 0
         self._forwards = self._backwards = 0
@@ -181,6 +184,16 @@ class Engine:
         self._optimizer.state.clear()
         del self._engine
         shutdown_distributed()
+
+    def _fill_masters(self, given: dict[int, Tensor]) -> None:
+        """Give the fp32 masters rank 0's weights as ``given``; DeepSpeed fills them with what bf16 leaves of them."""
+        for flat in self._flats:
+            own = {id(fragment.parameter): fragment for fragment in flat.fragments}
+            for parameter in flat.parameters:
+                whole = given.pop(id(parameter)).to(self.device).view(-1)
+                torch.distributed.broadcast(whole, 0)
+                if (fragment := own.get(id(parameter))) is not None:
+                    fragment.of(flat.master).copy_(whole.narrow(0, fragment.start, fragment.numel))
 
     def _step_partitioned(self) -> StepOutcome:
         self._engine.step()
