@@ -50,7 +50,9 @@ def _product(word, multiplier: int):
 
 
 def uniform(word):
-    """Map 32-bit words to floats in [0, 1)."""
+    """Map 32-bit words to float64 in [0, 1)."""
+    if hasattr(word, "double"):  # torch would take float32, which rounds the last words up to 1
+        word = word.double()
     return word * 2.0**-32
 
 

@@ -1,6 +1,6 @@
 """Masking policies and the corruption they share.
 
-A policy says which tokens are chosen; :func:`corrupt_chosen` then hides them. Both draw from one Philox call a token:
+A policy says which tokens are chosen; :class:`Masker` then hides them. Both draw from one Philox call a token:
 word 0 chooses, word 1 decides between mask, random and keep, word 2 picks the random token.
 """
 
@@ -14,7 +14,7 @@ from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
 from pretrain.model.vocabulary import Vocabulary
-from pretrain.philox import below, uniform
+from pretrain.philox import below
 
 IGNORED = -100
 """Label of a place that is no target."""
@@ -103,9 +103,8 @@ class Masker:
         choose, kind, replacement, _ = batch.random_words(self.seed, self.stream)
         chosen = self.policy.choose(batch, choose, self.eligible(batch), self.config.rate.at(progress))
         mask, random = self.config.split.mask.at(progress), self.config.split.random.at(progress)
-        share = uniform(kind)
+        to_mask, to_random = (kind < int(bound * 2**32) for bound in (mask, mask + random))
         ordinary = self.ordinary_ids.to(batch.tokens.device)
-        tokens = torch.where(chosen & (share < mask), self.mask_id, batch.tokens)
-        randomised = chosen & (share >= mask) & (share < mask + random)
-        tokens = torch.where(randomised, ordinary[below(replacement, len(ordinary))], tokens)
+        tokens = torch.where(chosen & to_random, ordinary[below(replacement, len(ordinary))], batch.tokens)
+        tokens = torch.where(chosen & to_mask, self.mask_id, tokens)
         return tokens, torch.where(chosen, batch.tokens, IGNORED)

@@ -56,8 +56,11 @@ def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     [n]`` in [0, 1).
 
     One random number a place instead of one a vocabulary entry keeps the draw a function of (seed, sample, visit,
-    position). Returns ``[n]`` int64.
+    position). Returns ``[n]`` int64; a token of probability zero is never among them.
     """
     cumulative = logits.detach().float().softmax(-1).cumsum(-1)
-    threshold = (uniform.to(cumulative.dtype) * cumulative[:, -1]).unsqueeze(1)
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    total = cumulative[:, -1]
+    # Rounding may lift the threshold to the total, past the last token that has a probability.
+    threshold = torch.minimum(uniform.to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulative, threshold.unsqueeze(1), right=True).squeeze(1)
+    return drawn.clamp(max=logits.shape[-1] - 1)  # logits that are not finite must not become an index out of range

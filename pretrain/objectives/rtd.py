@@ -64,7 +64,7 @@ class ReplacementView(LabelledView):
     """Masked tokens for the generator, and the noise that its samples are drawn with."""
 
     noise: torch.Tensor
-    """``[rows, length]`` float in [0, 1)."""
+    """``[rows, length]`` float64 in [0, 1)."""
 
 
 @register
@@ -103,7 +103,7 @@ class ReplacedTokenDetection(Objective):
     def corrupt(self, batch: Batch, progress: float) -> View:
         tokens, labels = self.masker(batch, progress)
         counts = {"rtd/generator": batch.sum_per_sample((labels != IGNORED).long()), "rtd/discriminator": batch.lengths}
-        noise = uniform(batch.random_words(self.seed, "rtd/sample")[0].double())
+        noise = uniform(batch.random_words(self.seed, "rtd/sample")[0])
         return ReplacementView(batch, tokens, counts, labels, noise)
 
     def loss(self, model, view) -> dict[str, torch.Tensor]:
