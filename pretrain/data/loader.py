@@ -84,13 +84,14 @@ class Loader:
 
     def check_fills_a_batch(self) -> None:
         """Raise :class:`UserError` if the whole store fills less than one global batch."""
-        if self.window_size < len(self.store):
-            return
-        rows = len(self._window_rows(0)[0])
+        rows = window = 0
+        while rows < self.batch_rows and window * self.window_size < len(self.store):
+            rows += len(self._window_rows(window)[0])
+            window += 1
         if rows < self.batch_rows:
             raise UserError(
-                f"{self.store.folder}: {len(self.store)} samples fill {rows} rows of {self.row_length} tokens, less than "
-                f"one batch (training.batch_rows = {self.batch_rows}); use a larger corpus or a smaller batch"
+                f"{self.store.folder}: {len(self.store)} samples fill at most {rows} rows of {self.row_length} tokens, "
+                f"less than one batch (training.batch_rows = {self.batch_rows}); use a larger corpus or a smaller batch"
             )
 
     def _pack_window(self, window: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
