@@ -1,0 +1,81 @@
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.data.batch import Batch, collate
+from pretrain.philox import philox
+from tests.builders import lay_out, padded, random_samples, write_store
+
+LENGTHS = [3, 1, 9, 2, 7, 12, 5]
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    for field in fields(Batch):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert a.dtype == b.dtype == torch.int64 and torch.equal(a, b), field.name
+
+
+@pytest.mark.parametrize("rows", [[[2, 0], [5], [1, 3, 6, 1]], [[4]], [[0], [1], [2]]], ids=str)
+def test_collate_equals_laying_out_place_by_place(tmp_path, rows):
+    samples = random_samples(LENGTHS)
+    store = write_store(tmp_path / "store", samples)
+    visits = [[10 * row + i for i in range(len(ids))] for row, ids in enumerate(rows)]
+    batch = collate(store, [np.array(ids) for ids in rows], [np.array(v) for v in visits], 40, 23, pad_id=99)
+    expected = lay_out(
+        [[samples[i] for i in ids] for ids in rows],
+        row_length=23,
+        ids=[i for ids in rows for i in ids],
+        visits=[visit for row in visits for visit in row],
+        first_row=40,
+        pad=99,
+    )
+    assert_equal(batch, expected)
+
+
+def test_collate_of_no_rows_is_an_empty_batch(tmp_path):
+    store = write_store(tmp_path / "store", random_samples(LENGTHS))
+    batch = collate(store, [], [], 0, 23, pad_id=0)
+    assert_equal(batch, lay_out([], row_length=23))
+    assert batch.sum_per_sample(batch.tokens).shape == (0,)
+
+
+def test_sums_per_sample_leave_padding_out():
+    samples = random_samples(LENGTHS)
+    batch = lay_out([samples[:3], samples[3:5], [], samples[5:]], row_length=31)
+    values = torch.rand(4, 31, dtype=torch.float64)
+    expected = [values[batch.segment_ids == s].sum() for s in range(len(samples))]
+    assert torch.allclose(batch.sum_per_sample(values), torch.stack(expected))
+    assert torch.equal(batch.sum_per_sample(batch.real.long()), batch.lengths)
+    assert torch.equal(
+        batch.per_token(batch.lengths)[batch.real], torch.tensor(LENGTHS).repeat_interleave(batch.lengths)
+    )
+
+
+def test_random_words_are_a_function_of_seed_stream_sample_visit_and_position_alone():
+    samples = random_samples(LENGTHS)
+    ids, visits = [7, 2**33 + 7, 0, 5, 11, 12, 13], [0, 0, 3, 0, 0, 1, 2]
+    packed = lay_out([samples[:4], samples[4:]], row_length=40, ids=ids, visits=visits)
+    alone = padded(samples, ids=ids, visits=visits)
+    for one, other in zip(packed.random_words(3, "s"), alone.random_words(3, "s"), strict=True):
+        assert torch.equal(one[packed.real], other[alone.real])
+    words = packed.random_words(3, "s")[0]
+    assert words[0, 2] == philox(3, "s", 2, 7)[0]
+    start = int(packed.lengths[:2].sum())
+    assert words[0, start + 1] == philox(3, "s", 1, 0, 0, 3)[0]
+    drawn = words[packed.real]
+    assert len(drawn.unique()) == len(drawn)  # ids that differ above 32 bits, and visits, are told apart
+    assert not torch.equal(drawn, packed.random_words(4, "s")[0][packed.real])
+    assert not torch.equal(drawn, packed.random_words(3, "t")[0][packed.real])
+
+
+def test_random_words_of_an_empty_batch_have_its_shape():
+    batch = lay_out([[], []], row_length=5)
+    assert all(words.shape == (2, 5) for words in batch.random_words(0, "s"))
+
+
+def test_to_moves_every_field():
+    batch = padded(random_samples(LENGTHS))
+    moved = batch.to(torch.device("meta"))
+    assert all(getattr(moved, field.name).is_meta for field in fields(Batch))
