@@ -1,6 +1,8 @@
 """What a run tells: one JSON line a step, TensorBoard, other trackers, and a status line for people."""
 
+import importlib.util
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -46,7 +48,7 @@ class RunLog:
 
     def step(self, record: dict) -> None:
         """Take up the record of one step (the fields are in docs/formats.md)."""
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.write(json.dumps(_strict(record), allow_nan=False) + "\n")
         self._metrics.flush()
         numbers = dict(_numbers(record))
         for name, value in numbers.items():
@@ -113,8 +115,6 @@ def start_tracker(name: str, run: Path, settings: dict):
 
 def check_trackers(names: list[str]) -> None:
     """Raise :class:`UserError` for a tracker that is not installed."""
-    import importlib.util
-
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"log.trackers: '{name}' is not installed; pip install {name}")
@@ -139,6 +139,13 @@ def _keep_steps(path: Path, last: int) -> None:
         temporary = path.with_suffix(".new")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
+
+
+def _strict(value):
+    """Return a record with null for every number that is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(record: dict, prefix: str = ""):

@@ -48,12 +48,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run; return the exit code: 0 done or stopped after a save, 1 failed, 2 the user's mistake."""
     args = parser().parse_intermixed_args(argv)
     try:
-        _run(args)
+        with warnings.catch_warnings():
+            # DeepSpeed calls collectives by names that torch is about to retire.
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+            _run(args)
         return EXIT_DONE
     except UserError as error:
         return _tell("error", error, EXIT_USER_ERROR)
     except RunError as error:
         return _tell("failed", error, EXIT_FAILURE)
+    except RuntimeError as error:
+        if not _is_lost_contact(error):
+            raise
+        return _tell("failed", f"lost contact with another rank ({str(error).splitlines()[0]})", EXIT_FAILURE)
     finally:
         shutdown_distributed()
 
@@ -100,7 +107,6 @@ def _engine(parts: Parts, ds_config: dict) -> Engine:
         momentum=optimizer.momentum,
     )
     groups = [ParameterGroup(name, params) for name, params in parts.components.items()]
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
     return Engine(parts.model, groups, ds_config, settings)
 
 
@@ -182,14 +188,19 @@ def _prepare_folder(recipe: Recipe, ds_config: dict) -> None:
 
 def _share_cores() -> None:
     """Divide the cores among the ranks of this machine, unless the user has."""
-    if device_type() == "cpu" and "MEDLEY_THREADS" not in os.environ:
+    if device_type() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         ranks = int(
             os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", 1)
         )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
-def _tell(kind: str, error: Exception, code: int) -> int:
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has gone or does not answer."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def _tell(kind: str, error: Exception | str, code: int) -> int:
     """Print one line, from one rank only when all of them have it."""
     if code == EXIT_FAILURE or int(os.environ.get("RANK", 0)) == 0:
         print(f"train: {kind}: {error}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from pretrain.data.batch import Batch
 from pretrain.data.loader import StepBatch
@@ -203,7 +204,7 @@ class Trainer:
                 facts = {"world_size": self.engine.world_size, "zero_stage": self.engine.stage}
                 self.log.say(f"saved {checkpoint.publish(self.run, self.step, facts)}")
                 checkpoint.prune(self.run, self.recipe.checkpoint.keep)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             last = next(iter(checkpoint.candidates(self.run)), None)
             reason = str(error).strip().splitlines()[0]
