@@ -31,13 +31,13 @@ def write(folder: Path, tables: dict, suffix: str = ".jsonl") -> Path:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".tsv", ".csv"])
 def test_every_format_gives_the_same_task(tmp_path, suffix):
-    rows = {**ROWS, "test": [{"text": 'she said "rosé", and left', "label": "red"}]}
+    rows = {**ROWS, "test": [{"text": '"rosé", she said, "and left', "label": "red"}]}
     task = load_task(write(tmp_path / "colours", rows, suffix))
     assert (task.name, task.regression, task.notes) == ("colours", False, [])
     assert task.label_names == ["blue", "green", "red"]
     assert {name: len(split) for name, split in task.splits.items()} == {"train": 31, "dev": 2, "test": 1}
     assert task.splits["train"].labels[:4] == [2, 0, 1, 2]
-    assert task.splits["test"].texts == ['she said "rosé", and left']
+    assert task.splits["test"].texts == ['"rosé", she said, "and left']
     assert task.splits["test"].pairs is None
 
 

@@ -19,10 +19,11 @@ class Scripted(Finetuner):
     def __init__(self, dev_data, script):
         self.model = nn.Linear(1, 1, bias=False)
         self.settings = Settings(epochs=len(script))
-        self.dev_data, self.script, self.epoch, self.tested_with = dev_data, script, 0, []
+        self.dev_data, self.script, self.epoch, self.tested_with, self.draws = dev_data, script, 0, [], []
 
     def train_epoch(self, *_):
         self.epoch += 1
+        self.draws.append(torch.rand(()).item())
         with torch.no_grad():
             self.model.weight.fill_(self.epoch)
         return 1 / self.epoch
@@ -41,6 +42,17 @@ def test_test_is_scored_once_with_the_weights_of_the_first_epoch_best_on_dev(scr
     result = fine_tune(tuner, splits, "accuracy", seed=0, log=lambda line: None)
     assert tuner.tested_with == [best]
     assert (result.epoch, result.dev.values["accuracy"], result.dev_by_epoch) == (best, max(script), script)
+
+
+def test_dropout_depends_on_the_seed_alone():
+    splits = {"train": encoded(5), "dev": encoded(3), "test": encoded(3)}
+    draws = []
+    for seed in (0, 0, 1):
+        torch.rand(7)  # whatever was drawn before, loading the weights for one
+        tuner = Scripted(splits["dev"], [0.1, 0.2])
+        fine_tune(tuner, splits, "accuracy", seed, log=lambda line: None)
+        draws.append(tuner.draws)
+    assert draws[0] == draws[1] != draws[2]
 
 
 @pytest.mark.parametrize("samples", [1, 7, 513])
