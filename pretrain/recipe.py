@@ -1,5 +1,7 @@
 """The recipe: everything that decides what is trained, as one strict tree."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,6 +9,7 @@ import yaml
 from pydantic import Field, PrivateAttr
 
 from pretrain.config import Config, apply_overrides, parse, read_yaml
+from pretrain.errors import UserError
 from pretrain.model.encoder import ModelConfig
 from pretrain.objectives.base import parse_objectives
 from pretrain.sampling import SamplerConfig
@@ -116,6 +119,16 @@ class Recipe(Config):
     def source(self) -> str:
         """The file the recipe came from, for messages."""
         return self._source
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Put the recipe's file before errors that begin with one of its keys; the parts do not know the file."""
+        try:
+            yield
+        except UserError as error:
+            if str(error).split(":")[0].split(".")[0] in Recipe.model_fields:
+                raise UserError(f"{self.source}: {error}") from None
+            raise
 
     def save(self, path: Path) -> None:
         """Write the recipe as resolved, every default spelled out."""

@@ -3,12 +3,14 @@
 from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_serializer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from pretrain.config import Config
+from pretrain.data.batch import Batch
 from pretrain.errors import UserError, nearest, unknown
 from pretrain.model.attention import NAME as PACKED_ATTENTION
 from pretrain.model.attention import Layout
@@ -21,10 +23,18 @@ _DROPOUTS = (
     "attention_dropout",
     "embedding_dropout",
     "mlp_dropout",
+    "activation_dropout",
+    "dropout",
     "resid_pdrop",
     "embd_pdrop",
     "attn_pdrop",
 )
+
+
+_OF_THE_CHECKPOINT = ("family", "overrides", "size")  # keys that model.checkpoint decides
+
+# Families, besides RoBERTa's own, whose first position comes behind the padding token's id.
+_OFFSET_POSITIONS = {"camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "xmod"}
 
 
 class ModelConfig(Config):
@@ -38,13 +48,18 @@ class ModelConfig(Config):
     """Folder or hub name of a model to continue from; family, size and overrides are then its own."""
     overrides: dict[str, Any] = {}
     """Keys of the Hugging Face config that replace those of ``size``."""
-    dropout: float | None = None
+    dropout: float | None = Field(None, ge=0, lt=1)
     """Every dropout rate of the backbone; null keeps the family's own."""
     attention: Literal["auto", "blocks", "varlen"] = "auto"
     """How attention over packed rows is computed; ``auto`` takes ``varlen`` on a GPU in bf16 without attention
     dropout."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, a third more compute."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_the_checkpoint_decides(self, handler) -> dict[str, Any]:
+        values = handler(self)
+        return {k: v for k, v in values.items() if k not in _OF_THE_CHECKPOINT} if self.checkpoint else values
 
 
 class VocabularyHead(nn.Module):
@@ -78,10 +93,31 @@ class Encoder(nn.Module):
         self.backbone = model.base_model
         self.attention = attention
         object.__setattr__(self, "pretrained", model)
+        self.first_position = _first_position(model.config.model_type, getattr(model.config, "pad_token_id", None))
         self.packs_rows = model._can_set_attn_implementation()
         if self.packs_rows:
+            own = model.config._attn_implementation
             model.set_attn_implementation(PACKED_ATTENTION)
-        self.first_position = _first_position(model.config.model_type, model.config.pad_token_id)
+            self.packs_rows = self._keeps_samples_apart()
+            if not self.packs_rows:
+                model.set_attn_implementation(own)
+
+    @torch.no_grad()
+    def _keeps_samples_apart(self) -> bool:
+        """Try whether a sample behind another comes out as it does alone: families that mix tokens outside attention
+        (convolutions, Fourier transforms, recurrences) cannot share rows, though transformers lets them set the
+        attention."""
+        training, length = self.backbone.training, 4
+        tokens = (torch.arange(2 * length) + (self.config.pad_token_id or 0) + 1) % self.config.vocab_size
+        self.backbone.eval()
+        try:
+            together = self(tokens[None], Layout(_samples_in_a_row(2, length)))
+            alone = self(tokens[None, length:], Layout(_samples_in_a_row(1, length)))
+        except (RuntimeError, TypeError, ValueError):  # what models raise that cannot take the layout or the positions
+            return False
+        finally:
+            self.backbone.train(training)
+        return torch.allclose(together[:, length:], alone, rtol=1e-3, atol=1e-3 * float(alone.std()))
 
     @property
     def config(self):
@@ -109,6 +145,20 @@ class Encoder(nn.Module):
         return self.backbone(input_ids=tokens, **inputs).last_hidden_state
 
 
+def _samples_in_a_row(samples: int, length: int) -> Batch:
+    """Return a row of equally long samples; what they are called does not matter to the backbone."""
+    segments, zeros = torch.arange(samples), torch.zeros(samples, dtype=torch.int64)
+    return Batch(
+        tokens=torch.zeros(1, samples * length, dtype=torch.int64),
+        segment_ids=segments.repeat_interleave(length)[None],
+        position_ids=torch.arange(length).repeat(samples)[None],
+        sample_ids=segments,
+        visits=zeros,
+        lengths=torch.full((samples,), length),
+        sample_rows=zeros,
+    )
+
+
 def is_encoder(config) -> bool:
     """Whether a Hugging Face config belongs to a masked-language model."""
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
@@ -122,20 +172,22 @@ def backbone_config(model: ModelConfig, vocabulary: Vocabulary, max_length: int)
             that are too small, or an encoder–decoder.
     """
     config = _from_checkpoint(model) if model.checkpoint else _from_scratch(model, vocabulary, max_length)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"model.family: '{config.model_type}' is an encoder–decoder; this program trains encoders and decoders"
-        )
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"model.family: '{config.model_type}' is not a language model that transformers can build")
+    _check_kind(config)
     if config.vocab_size < vocabulary.size:
+        found = f"the model has {config.vocab_size} tokens, the store's tokenizer {vocabulary.size}"
+        if model.checkpoint is None:
+            raise UserError(f"model.overrides.vocab_size: {found}; leave the key out")
         raise UserError(
-            f"model.checkpoint: the model has {config.vocab_size} tokens, the store's tokenizer {vocabulary.size}; "
-            "prepare the store with the model's own tokenizer (medley prepare --tokenizer)"
+            f"model.checkpoint: {found}; prepare the store with the model's own tokenizer (medley prepare --tokenizer)"
         )
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and positions - _first_position(config.model_type, config.pad_token_id) < max_length:
-        raise UserError(f"model: {positions} positions, but the store's longest sample has {max_length} tokens")
+    before = _first_position(config.model_type, getattr(config, "pad_token_id", None))
+    if positions is not None and positions - before < max_length:
+        key = "checkpoint" if model.checkpoint else "overrides.max_position_embeddings"
+        raise UserError(
+            f"model.{key}: room for samples of {positions - before} tokens, but the store's longest has {max_length}; "
+            "prepare the store with shorter samples (medley prepare --max-length)"
+        )
     if model.dropout is not None:
         for name in _DROPOUTS:
             if hasattr(config, name):
@@ -145,11 +197,11 @@ def backbone_config(model: ModelConfig, vocabulary: Vocabulary, max_length: int)
 
 def _first_position(family: str, pad_id: int | None) -> int:
     """Return the number of a sample's first position: RoBERTa and its kin count from behind the padding token's id."""
-    return (pad_id or 0) + 1 if "roberta" in family or family in ("camembert", "mpnet") else 0
+    return (pad_id or 0) + 1 if "roberta" in family or family in _OFFSET_POSITIONS else 0
 
 
 def _from_checkpoint(model: ModelConfig):
-    changed = sorted(model.model_fields_set & {"family", "size", "overrides"})
+    changed = sorted(model.model_fields_set.intersection(_OF_THE_CHECKPOINT))
     if changed:
         raise UserError(f"model.{changed[0]}: cannot be set together with model.checkpoint, which decides it")
     try:
@@ -159,9 +211,20 @@ def _from_checkpoint(model: ModelConfig):
         raise UserError(f"model.checkpoint: '{model.checkpoint}' cannot be loaded: {reason}") from None
 
 
+def _check_kind(config) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model.family: '{config.model_type}' is an encoder–decoder; this program trains encoders and decoders"
+        )
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"model.family: '{config.model_type}' is not a language model that transformers can build")
+
+
 def _from_scratch(model: ModelConfig, vocabulary: Vocabulary, max_length: int):
     if model.family not in CONFIG_MAPPING:
         raise unknown("family", model.family, CONFIG_MAPPING.keys(), "model.family")
+    defaults = CONFIG_MAPPING[model.family]()
+    _check_kind(defaults)
     keys: dict[str, Any] = {}
     if model.size is not None:
         if model.family not in SIZES:
@@ -170,10 +233,10 @@ def _from_scratch(model: ModelConfig, vocabulary: Vocabulary, max_length: int):
                 "set size to null and give its dimensions in model.overrides"
             )
         keys = dict(SIZES[model.family][model.size])
-    defaults = CONFIG_MAPPING[model.family]()
+    valid = {*defaults.to_dict(), *defaults.attribute_map}
     for key in model.overrides:
-        if not hasattr(defaults, key):
-            match = nearest(key, defaults.to_dict())
+        if key not in valid:
+            match = nearest(key, valid)
             raise UserError(
                 f"model.overrides.{key}: no key of {type(defaults).__name__}"
                 + (f"; did you mean '{match}'?" if match else "")
@@ -195,12 +258,24 @@ def _from_scratch(model: ModelConfig, vocabulary: Vocabulary, max_length: int):
 
 
 def build_encoder(model: ModelConfig, config, *, device_type: str, dtype: torch.dtype) -> Encoder:
-    """Build the backbone in fp32 on the CPU, with weights from ``model.checkpoint`` or drawn with torch's generator."""
+    """Build the backbone in fp32 on the CPU, with weights from ``model.checkpoint`` or drawn with torch's generator; it
+    is in training mode.
+
+    Raises:
+        UserError: if the weights cannot be read, or there is no model of these dimensions.
+    """
     auto = AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
-    if model.checkpoint:
-        pretrained = auto.from_pretrained(model.checkpoint, config=config, dtype=torch.float32)
-    else:
-        pretrained = auto.from_config(config, dtype=torch.float32)
+    try:
+        if model.checkpoint:
+            pretrained = auto.from_pretrained(model.checkpoint, config=config, dtype=torch.float32)
+        else:
+            pretrained = auto.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if model.checkpoint:
+            raise UserError(f"model.checkpoint: '{model.checkpoint}' cannot be loaded: {reason}") from None
+        raise UserError(f"model.overrides: no '{model.family}' can be built with them: {reason}") from None
+    pretrained.train()  # a checkpoint comes without dropout
     if model.activation_checkpointing:
         pretrained.gradient_checkpointing_enable({"use_reentrant": False})
     return Encoder(pretrained, attention=_attention(model, config, device_type, dtype))

@@ -102,7 +102,7 @@ def build_model(recipe: Recipe, vocabulary: Vocabulary, config, *, dtype: torch.
     for name, objective in objectives.items():
         if recipe.training.micro_batch_rows % objective.rows_together:
             raise UserError(
-                f"{recipe.source}: training.micro_batch_rows: {recipe.training.micro_batch_rows} is no multiple of the "
+                f"training.micro_batch_rows: {recipe.training.micro_batch_rows} is no multiple of the "
                 f"{objective.rows_together} rows that '{name}' needs together (objectives.{name}.group_rows)"
             )
     encoder = build_encoder(recipe.model, config, device_type=device_type(), dtype=dtype)
@@ -112,9 +112,7 @@ def build_model(recipe: Recipe, vocabulary: Vocabulary, config, *, dtype: torch.
 def _open_stores(recipe: Recipe) -> tuple[Store, Store | None]:
     folder = Path(recipe.data.store)
     if not folder.is_dir():
-        raise UserError(
-            f"{recipe.source}: data.store: no folder '{folder}'; make it with 'medley prepare … --out {folder}'"
-        )
+        raise UserError(f"data.store: no folder '{folder}'; make it with 'medley prepare … --out {folder}'")
     heldout = folder / "heldout"
     stores = Store(folder / "train"), Store(heldout) if heldout.is_dir() else None
     return stores[0], stores[1] if stores[1] is not None and len(stores[1]) else None
@@ -123,8 +121,5 @@ def _open_stores(recipe: Recipe) -> tuple[Store, Store | None]:
 def _row_length(recipe: Recipe, store: Store, model: MultiObjectiveModel) -> int:
     if recipe.data.packing and not model.encoder.packs_rows:
         family = model.encoder.config.model_type
-        raise UserError(
-            f"{recipe.source}: data.packing: the attention of '{family}' cannot keep packed samples "
-            "apart; set it to off"
-        )
+        raise UserError(f"data.packing: the attention of '{family}' cannot keep packed samples apart; set it to off")
     return recipe.data.row_length or store.max_length * (4 if recipe.data.packing else 1)

@@ -70,21 +70,15 @@ def _run(args: argparse.Namespace) -> None:
     try:
         recipe = load_recipe(args.config, args.overrides)
         world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        ds_config = resolve_ds_config(
-            args.ds_config,
-            micro_batch_rows=recipe.training.micro_batch_rows,
-            batch_rows=recipe.training.batch_rows,
-            world_size=world_size,
-            gradient_clipping=recipe.training.gradient_clipping,
-            device_type=device_type(),
-        )
-        check_trackers(recipe.log.trackers)
         _share_cores()
-        bf16 = ds_config.get("bf16", {}).get("enabled", False)
-        parts = build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
-        start = _starting_point(recipe, args.resume, rank) if not args.dry_run else None
-        if rank == 0 and not args.dry_run:
-            _prepare_folder(recipe, ds_config)
+        with recipe.named_in_errors():
+            ds_config = _ds_config(recipe, args.ds_config, world_size)
+            check_trackers(recipe.log.trackers)
+            bf16 = ds_config.get("bf16", {}).get("enabled", False)
+            parts = build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
+            start = _starting_point(recipe, args.resume, rank) if not args.dry_run else None
+            if rank == 0 and not args.dry_run:
+                _prepare_folder(recipe, ds_config)
         init_distributed(args.timeout)
         engine = _engine(parts, ds_config)
         if args.dry_run:
@@ -95,6 +89,17 @@ def _run(args: argparse.Namespace) -> None:
             _train(parts, engine, stop, start)
     finally:
         stop.remove()
+
+
+def _ds_config(recipe: Recipe, path: str, world_size: int) -> dict:
+    return resolve_ds_config(
+        path,
+        micro_batch_rows=recipe.training.micro_batch_rows,
+        batch_rows=recipe.training.batch_rows,
+        world_size=world_size,
+        gradient_clipping=recipe.training.gradient_clipping,
+        device_type=device_type(),
+    )
 
 
 def _engine(parts: Parts, ds_config: dict) -> Engine:
@@ -171,9 +176,7 @@ def _check_same_model(recipe: Recipe, start: Path) -> None:
         now = getattr(recipe, key) if key != "objectives" else recipe.objective_configs
         then = getattr(saved, key) if key != "objectives" else saved.objective_configs
         if now != then:
-            raise UserError(
-                f"{recipe.source}: {key}: differs from that of {start}; choose another run folder (run=…) or restore it"
-            )
+            raise UserError(f"{key}: differs from that of {start}; choose another run folder (run=…) or restore it")
 
 
 def _prepare_folder(recipe: Recipe, ds_config: dict) -> None:
@@ -183,7 +186,7 @@ def _prepare_folder(recipe: Recipe, ds_config: dict) -> None:
         recipe.save(run / "config.yaml")
         (run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"{recipe.source}: run: cannot write to '{run}': {error.strerror}") from None
+        raise UserError(f"run: cannot write to '{run}': {error.strerror}") from None
 
 
 def _share_cores() -> None:

@@ -22,7 +22,7 @@ class ScheduleConfig(Config):
     """What the rate falls towards, as a fraction of the peak."""
 
     def factor(self, step: int, steps: int) -> float:
-        """Return the factor on the peak learning rate for ``step`` (0-based) of ``steps``; no step trains with rate 0."""
+        """Return the factor on the peak for ``step`` (0-based) of ``steps``; no step trains with rate 0."""
         warmup_steps = math.ceil(self.warmup * steps)
         if step < warmup_steps:
             return (step + 1) / warmup_steps

@@ -257,7 +257,10 @@ def test_a_decoder_trains_on_clm(corpus, tmp_path):
 
 def test_bf16_trains_close_to_fp32(corpus, tmp_path):
     for name, ds in (("fp32", "zero2.json"), ("bf16", "zero2-bf16.json")):
-        assert train(recipe(corpus, tmp_path / name, objectives={"mlm": {}}, sampler={}, model__dropout=0.0), ds=ds)[0] == 0
+        assert (
+            train(recipe(corpus, tmp_path / name, objectives={"mlm": {}}, sampler={}, model__dropout=0.0), ds=ds)[0]
+            == 0
+        )
     fp32, bf16 = metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16")
     assert [r["loss"] for r in bf16] == pytest.approx([r["loss"] for r in fp32], rel=2e-2)
     assert [r["sample_ids_sha256"] for r in bf16] == [r["sample_ids_sha256"] for r in fp32]
