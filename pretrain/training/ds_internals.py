@@ -13,7 +13,6 @@ from torch import nn
 
 from pretrain.training.flat import Flat, Fragment
 
-_FIRST_MICRO_STEP = -1  # what stages 1 and 2 count up from (INITIAL_MICRO_STEP_ID)
 _REDUCE_ELEMENTS = 500_000_000  # stage 0: elements reduced in one call
 
 
@@ -76,23 +75,16 @@ def forget_gradients(engine: DeepSpeedEngine) -> None:
     if stage == 3:
         optimizer.grad_partitions_flat_buffer.zero_()
         offloaded = optimizer.offload_optimizer
-        if offloaded:
-            optimizer._offload_boundary_param_ids = set()
     else:
         for index in optimizer.averaged_gradients:
             optimizer.averaged_gradients[index] = None
         for index in optimizer.all_grad_tensors:
             optimizer.all_grad_tensors[index] = None
-        optimizer.micro_step_id = _FIRST_MICRO_STEP
         offloaded = optimizer.cpu_offload
-        if offloaded:
-            optimizer._offload_accumulated_param_ids = set()
-            for accumulated in optimizer.accumulated_grads_in_cpu.values():
-                accumulated.zero_()
-    if offloaded:
-        optimizer.reset_cpu_buffers()
-        for flat in flats(engine):
-            flat.master.grad.zero_()
+        for accumulated in optimizer.accumulated_grads_in_cpu.values() if offloaded else ():
+            accumulated.zero_()
+    for flat in flats(engine) if offloaded else ():
+        flat.master.grad.zero_()
 
 
 def reduce_replicated_gradients(engine: DeepSpeedEngine) -> None:

@@ -29,6 +29,7 @@ class Toy(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.decoder = nn.Linear(WIDTH, VOCABULARY)
         self.decoder.weight = self.embedding.weight
+        self.pooler = nn.Linear(WIDTH, WIDTH)  # of the backbone, but only "pair" uses it
         self.pair = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3))
         self.score = nn.Linear(WIDTH, 1)
         self.register_buffer("seen", torch.tensor(2.5))
@@ -49,7 +50,7 @@ class Toy(nn.Module):
                 logits = self.decoder(x[:, :-1]).float()
                 loss = F.cross_entropy(logits.reshape(-1, VOCABULARY), tokens[:, 1:].reshape(-1), reduction="sum")
             elif objective == "pair":
-                loss = F.cross_entropy(self.pair(x[:, 0]).float(), tokens[:, 0] % 3, reduction="sum")
+                loss = F.cross_entropy(self.pair(self.pooler(x[:, 0])).float(), tokens[:, 0] % 3, reduction="sum")
             else:
                 loss = (self.score(x).float() - tokens[..., None]).square().sum() / 10
             total = total + loss
@@ -129,8 +130,8 @@ def run_plain(steps: list[Step], settings: OptimizerSettings = ADAMW, clip: floa
 
 
 def _plain_optimizers(module: Toy, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
-    """torch's own AdamW and, if asked for, Muon for the two layers' matrices."""
-    matrices = {id(layer.weight) for layer in module.layers} if settings.name == "muon" else set()
+    """torch's own AdamW and, if asked for, Muon for the backbone's matrices."""
+    matrices = {id(layer.weight) for layer in (*module.layers, module.pooler)} if settings.name == "muon" else set()
     adamw, muon = [], []
     for group in groups_of(module):
         for each in group.params:
