@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,10 +13,11 @@ from tqdm import tqdm
 from pretrain import __version__
 from pretrain.data.documents import DOCUMENTS, Piece, Reader, Tally
 from pretrain.data.output import whole_folder
+from pretrain.data.pool import cores, in_order
+from pretrain.data.samples import SampleMaker
 from pretrain.data.sources import Source, find_sources
 from pretrain.data.store import StoreWriter
 from pretrain.data.tokenization import KINDS, barred_ids, frame, load_tokenizer, train_tokenizer
-from pretrain.data.workers import SampleMaker, in_order
 from pretrain.errors import UserError, unknown
 
 BATCH_CHARACTERS = 1 << 18  # handed to a worker at once
@@ -115,7 +115,7 @@ def prepare(
         writers = {split: StoreWriter(folder / split, vocabulary_size) for split in SPLITS}
         counts = {split: Counts() for split in SPLITS}
         tally = Tally(settings.max_bad, settings.field, _say)
-        _write_samples(_reader(sources, settings), tally, maker, writers, counts, settings, workers or _cores())
+        _write_samples(_reader(sources, settings), tally, maker, writers, counts, settings, workers or cores())
         skipped = dict(tally.skipped)
         if too_short := sum(count.too_short for count in counts.values()):
             skipped[TOO_SHORT] = too_short
@@ -195,8 +195,8 @@ def _divided(pieces: Iterable[Piece], heldout: float) -> Iterator[tuple[str, str
         yield text, split, first
 
 
-def _batches(pieces: Iterable[Piece], heldout: float, counts: dict[str, Counts]) -> Iterator[tuple[list[str], str]]:
-    """Yield (texts, split) of about ``BATCH_CHARACTERS``; ``counts`` are brought up to date."""
+def _batches(pieces: Iterable[Piece], heldout: float, counts: dict[str, Counts]) -> Iterator[tuple[str, list[str]]]:
+    """Yield (split, texts) of about ``BATCH_CHARACTERS``; ``counts`` are brought up to date."""
     held: dict[str, list[str]] = {split: [] for split in SPLITS}
     size = dict.fromkeys(SPLITS, 0)
     for text, split, first in _divided(pieces, heldout):
@@ -206,9 +206,9 @@ def _batches(pieces: Iterable[Piece], heldout: float, counts: dict[str, Counts])
         held[split].append(text)
         size[split] += len(text)
         if size[split] >= BATCH_CHARACTERS:
-            yield held[split], split
+            yield split, held[split]
             held[split], size[split] = [], 0
-    yield from ((texts, split) for split, texts in held.items() if texts)
+    yield from ((split, texts) for split, texts in held.items() if texts)
 
 
 def _write_samples(
@@ -223,17 +223,12 @@ def _write_samples(
     """Read, tokenise and write everything, showing how far it is."""
     batches = _batches(reader.pieces(tally), settings.heldout, counts)
     with tqdm(total=reader.total_bytes, unit="B", unit_scale=True, disable=None, desc="preparing") as bar:
-        for samples, split in in_order(maker, batches, workers):
+        for split, samples in in_order(maker.start, batches, workers):
             writers[split].append(samples.tokens, samples.lengths)
             counts[split].too_short += samples.too_short
             bar.update(reader.position - bar.n)
         bar.update(reader.position - bar.n)
     tally.check()
-
-
-def _cores() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _say(line: str) -> None:
