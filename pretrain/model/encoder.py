@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, model_serializer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
@@ -29,7 +30,6 @@ _DROPOUTS = (
     "embd_pdrop",
     "attn_pdrop",
 )
-
 
 _OF_THE_CHECKPOINT = ("family", "overrides", "size")  # keys that model.checkpoint decides
 
@@ -253,8 +253,8 @@ def _from_scratch(model: ModelConfig, vocabulary: Vocabulary, max_length: int):
     }
     try:
         return CONFIG_MAPPING[model.family](**(keys | model.overrides))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"model.overrides: {str(error).strip().splitlines()[-1]}") from None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.overrides: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
 def build_encoder(model: ModelConfig, config, *, device_type: str, dtype: torch.dtype) -> Encoder:

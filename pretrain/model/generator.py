@@ -45,7 +45,8 @@ def _scaled(config, depth: float, width: float):
         head_size = config.hidden_size // config.num_attention_heads
         config.num_attention_heads = max(1, round(config.num_attention_heads * width))
         config.hidden_size = head_size * config.num_attention_heads
-        config.intermediate_size = max(head_size, round(config.intermediate_size * width))
+        inner = "hidden_dim" if config.model_type == "distilbert" else "intermediate_size"
+        setattr(config, inner, max(head_size, round(getattr(config, inner) * width)))
         if hasattr(config, "embedding_size"):
             config.embedding_size = config.hidden_size
     return config

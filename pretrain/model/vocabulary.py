@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pretrain.data.tokenization import barred_ids
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -24,8 +26,6 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer) -> "Vocabulary":
         """Read a Hugging Face tokenizer; the unknown-word token counts as text."""
-        special = {i for i in tokenizer.all_special_ids if i is not None} - {tokenizer.unk_token_id}
-        if tokenizer.bos_token_id is not None and tokenizer.bos_token_id == tokenizer.unk_token_id:
-            special.add(tokenizer.bos_token_id)  # GPT-2 names one token for both; it is no text
+        special = barred_ids(tokenizer)
         pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         return cls(len(tokenizer), pad, tokenizer.mask_token_id, np.array(sorted(special), np.int64))
