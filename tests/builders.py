@@ -24,7 +24,7 @@ TINY: dict[str, dict] = {
     "roberta": _BERT_LIKE,
     "electra": {**_BERT_LIKE, "embedding_size": 24},
     # One global layer, one that sees 4 tokens to either side.
-    "modernbert": {**_BERT_LIKE, "global_attn_every_n_layers": 2, "local_attention": 8},
+    "modernbert": {**_BERT_LIKE, "layer_types": ["full_attention", "sliding_attention"], "local_attention": 8},
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48},
     "deberta-v2": {**_BERT_LIKE, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "llama": {**_BERT_LIKE, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -112,7 +112,7 @@ def places_of(batch: Batch, sample: int) -> torch.Tensor:
     return (batch.segment_ids.reshape(-1) == sample).nonzero().squeeze(1)
 
 
-def tiny_encoder(family: str, seed: int = 0, *, dropout: float = 0.0, max_length: int = 64, **keys) -> Encoder:
+def tiny_encoder(family: str, seed: int = 0, *, dropout: float | None = 0.0, max_length: int = 64, **keys) -> Encoder:
     """Return a small random encoder of a family, in evaluation mode; ``keys`` go to :class:`ModelConfig`.
 
     The weights are drawn wider than usual, so that attention and positions matter to the hidden states.
