@@ -10,43 +10,39 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pretrain.errors import UserError, nearest
 
 
 class Config(BaseModel):
-    """Base of every configuration: unknown keys are errors, and values do not change after validation."""
+    """Base of every configuration: unknown keys are errors, numbers are finite, and values do not change after
+    validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Scheduled(Config):
     """A number that changes over the run: ``0.3``, or ``{schedule: linear, from: 0.3, to: 0.15}``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     schedule: Literal["constant", "linear", "cosine", "steps"] = "constant"
-    start: float = 0.0
-    end: float | None = None
+    start: float = Field(alias="from")
+    """Value at the start of the run."""
+    end: float | None = Field(None, alias="to")
+    """Value at the end of the run, for ``linear`` and ``cosine``."""
     steps: dict[float, float] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            value = dict(value)
-            for word, field in (("from", "start"), ("to", "end")):
-                if word in value:
-                    value[field] = value.pop(word)
-        return value
+    """Fraction of the run → value from there on, for ``steps``."""
 
     @model_validator(mode="after")
     def _complete(self):
-        if self.schedule in ("linear", "cosine") and self.end is None:
-            raise ValueError(f"schedule '{self.schedule}' needs 'from' and 'to'")
+        if (self.schedule in ("linear", "cosine")) != (self.end is not None):
+            raise ValueError("'to' goes with 'schedule: linear' or 'schedule: cosine', and they with it")
         if (self.schedule == "steps") != bool(self.steps):
-            raise ValueError("schedule 'steps' goes with 'steps: {fraction of the run: value}'")
+            raise ValueError("'steps: {fraction of the run: value}' goes with 'schedule: steps', and it with them")
+        if not all(0 <= fraction <= 1 for fraction in self.steps):
+            raise ValueError("the keys of 'steps' are fractions of the run, between 0 and 1")
         return self
 
     def values(self) -> list[float]:
@@ -71,7 +67,7 @@ def _within_unit(value: Scheduled) -> Scheduled:
 
 
 def _scheduled(value: Any) -> Any:
-    return {"start": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return value if isinstance(value, dict | Scheduled) else {"from": value}
 
 
 ScheduledNumber = Annotated[Scheduled, BeforeValidator(_scheduled)]
@@ -80,11 +76,23 @@ ScheduledFraction = Annotated[Scheduled, BeforeValidator(_scheduled), AfterValid
 C = TypeVar("C", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, for which a key written twice is an error: the first would be lost silently."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict:
     """Read a YAML file whose top level is a mapping; a :class:`UserError` names file and line otherwise."""
     path = Path(path)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         match = nearest(path.name, siblings)
@@ -95,7 +103,8 @@ def read_yaml(path: str | Path) -> dict:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{path}{line}: not valid YAML: {reason}") from None
     if document is None:
         document = {}
     if not isinstance(document, dict):
@@ -108,10 +117,10 @@ def apply_overrides(document: dict, overrides: list[str]) -> dict:
     result = copy.deepcopy(document)
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise UserError(f"command line: '{text}' is not of the form key=value")
         try:
-            parsed = yaml.safe_load(value)
+            parsed = yaml.load(value, _Loader)
         except yaml.YAMLError:
             raise UserError(f"command line: {key}: '{value}' is not valid YAML") from None
         *parents, last = key.split(".")

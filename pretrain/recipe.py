@@ -132,8 +132,9 @@ class Recipe(Config):
 
     def save(self, path: Path) -> None:
         """Write the recipe as resolved, every default spelled out."""
-        document = self.model_dump(mode="json")
-        document["objectives"] = {n: c.model_dump(mode="json") for n, c in self.objective_configs.items()}
+        document = self.model_dump(mode="json", by_alias=True)
+        configs = self.objective_configs.items()
+        document["objectives"] = {name: config.model_dump(mode="json", by_alias=True) for name, config in configs}
         path.write_text(yaml.safe_dump(document, sort_keys=False))
 
 

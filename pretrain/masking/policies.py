@@ -30,7 +30,8 @@ class SplitConfig(Config):
 
     @model_validator(mode="after")
     def _sums_to_one(self):
-        if max(self.mask.values()) + max(self.random.values()) > 1 + 1e-9:
+        moments = {percent / 100 for percent in range(101)} | {*self.mask.steps, *self.random.steps}
+        if any(self.mask.at(moment) + self.random.at(moment) > 1 + 1e-9 for moment in moments):
             raise ValueError("mask and random sum to more than 1")
         return self
 

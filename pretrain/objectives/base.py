@@ -105,7 +105,7 @@ def parse_objectives(values: dict, where: str) -> dict[str, Config]:
     for name, keys in values.items():
         if name not in REGISTRY:
             raise unknown("objective", name, REGISTRY, f"{where}: objectives")
-        configs[name] = parse(REGISTRY[name].Config, keys or {}, where, ("objectives", name))
+        configs[name] = parse(REGISTRY[name].Config, {} if keys is None else keys, where, ("objectives", name))
     return configs
 
 
