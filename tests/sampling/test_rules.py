@@ -1,0 +1,103 @@
+import itertools
+from collections import Counter
+
+import pytest
+from scipy import stats
+
+from pretrain.config import parse
+from pretrain.errors import UserError
+from pretrain.sampling import SAMPLERS, Sampler, SamplerConfig, build_sampler
+
+NAMES = ["mlm", "rtd", "cse"]
+
+
+def sampler(name: str, shares: dict | None = None, objectives=tuple(NAMES), seed: int = 3) -> Sampler:
+    config = parse(SamplerConfig, {"name": name, "shares": shares or {}}, "r.yaml", ("sampler",))
+    return build_sampler(config, list(objectives), seed, "r.yaml")
+
+
+def test_fixed_trains_all_objectives_every_step_with_shares_that_sum_to_one():
+    fixed = sampler("fixed", {"mlm": 2.0, "rtd": 1.0, "cse": 1.0})
+    for step in (0, 1, 999):
+        assert fixed.plan(step) == fixed.probabilities(step) == {"mlm": 0.5, "rtd": 0.25, "cse": 0.25}
+
+
+def test_without_shares_all_objectives_share_alike():
+    for name in SAMPLERS:
+        assert sampler(name).probabilities(0) == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+
+
+@pytest.mark.parametrize("name", ["fixed", "proportional"])
+def test_an_objective_with_share_zero_is_never_trained(name):
+    some = sampler(name, {"mlm": 1.0, "rtd": 0.0, "cse": 3.0})
+    assert {objective for step in range(200) for objective in some.plan(step)} == {"mlm", "cse"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shares", "expected"),
+    [("uniform", None, [1 / 3] * 3), ("proportional", {"mlm": 5, "rtd": 3, "cse": 2}, [0.5, 0.3, 0.2])],
+)
+def test_draws_have_the_right_frequencies_and_one_objective_a_step(name, shares, expected):
+    drawn = sampler(name, shares)
+    counts = Counter()
+    for step in range(9001):
+        ((objective, share),) = drawn.plan(step).items()
+        assert share == 1.0
+        counts[objective] += 1
+    observed = [counts[objective] for objective in NAMES]
+    assert stats.chisquare(observed, [9001 * p for p in expected]).pvalue > 1e-4
+
+
+def test_draws_are_independent_from_step_to_step():
+    drawn = sampler("uniform")
+    sequence = [next(iter(drawn.plan(step))) for step in range(6000)]
+    pairs = Counter(itertools.pairwise(sequence))
+    assert stats.chi2_contingency([[pairs[a, b] for b in NAMES] for a in NAMES]).pvalue > 1e-4
+
+
+def test_draws_are_a_function_of_seed_and_step_in_whatever_order_they_are_asked_for():
+    one, other = sampler("uniform"), sampler("uniform")
+    forwards = [one.plan(step) for step in range(300)]
+    assert [other.plan(step) for step in reversed(range(300))] == forwards[::-1]
+    assert [sampler("uniform", seed=4).plan(step) for step in range(300)] != forwards
+
+
+def test_round_robin_goes_through_the_objectives_in_the_recipes_order():
+    turns = sampler("round_robin", objectives=["rtd", "cse", "mlm"])
+    assert [next(iter(turns.plan(step))) for step in range(7)] == ["rtd", "cse", "mlm", "rtd", "cse", "mlm", "rtd"]
+    assert all(list(turns.plan(step).values()) == [1.0] for step in range(7))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_objective_is_trained_alone_in_every_step(name):
+    alone = sampler(name, objectives=["clm"])
+    assert all(alone.plan(step) == {"clm": 1.0} for step in range(5))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_only_fixed_mixes_and_every_state_is_taken_up_again(name):
+    some = sampler(name)
+    assert some.mixes == (len(some.plan(0)) > 1) == (name == "fixed")
+    again = sampler(name)
+    again.load_state_dict(some.state_dict())
+    assert [again.plan(step) for step in range(20)] == [some.plan(step) for step in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shares", "message"),
+    [
+        ("fixed", {"mlm": 1, "rdt": 1, "cse": 1}, r"^r\.yaml: sampler\.shares: .*'rdt'; did you mean 'rtd'\?$"),
+        ("fixed", {"mlm": 1, "rtd": 1}, r"^r\.yaml: sampler\.shares: no share for 'cse'"),
+        ("fixed", {"mlm": -1, "rtd": 1, "cse": 1}, r"^r\.yaml: sampler: shares must not be negative"),
+        ("proportional", {"mlm": 0, "rtd": 0, "cse": 0}, r"^r\.yaml: sampler: .*one must be positive"),
+        ("fixed", {"mlm": float("nan"), "rtd": 1, "cse": 1}, r"^r\.yaml: sampler\.shares\.mlm: .*finite"),
+        ("uniform", {"mlm": 1, "rtd": 1, "cse": 1}, r"^r\.yaml: sampler: shares mean nothing to 'uniform'"),
+        ("round_robin", {"mlm": 1, "rtd": 1, "cse": 1}, r"^r\.yaml: sampler: shares mean nothing to 'round_robin'"),
+        ("fixd", None, r"^r\.yaml: sampler\.name: .*did you mean 'fixed'\?$"),
+        ("fixed", {"mlm": "much"}, r"^r\.yaml: sampler\.shares\.mlm: .*number.*'much'"),
+    ],
+)
+def test_wrong_shares_are_refused_in_one_line_that_names_the_key(name, shares, message):
+    with pytest.raises(UserError, match=message) as caught:
+        sampler(name, shares)
+    assert "\n" not in str(caught.value)
