@@ -100,10 +100,11 @@ def gradient_norm(engine: DeepSpeedEngine) -> float:
 def avoid_shared_memory() -> None:
     """Keep DeepSpeed on the CPU from compiling (a minute at the first run) and using its /dev/shm all-reduce.
 
-    It leaves 66 MiB a rank in /dev/shm at exit; gloo does the same work.
+    It leaves 66 MiB a rank in /dev/shm at exit; gloo does the same work. With it off, LOCAL_SIZE does no harm, and
+    without LOCAL_SIZE stage 3 starts a ``numactl`` process for every bucket of gradients to count devices.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.pop("LOCAL_SIZE", None)
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def forget_process_group() -> None:
