@@ -28,7 +28,9 @@ def hugging_face_source(model: str | Path) -> Iterator[str]:
         from pretrain.export import export
 
         with tempfile.TemporaryDirectory(prefix="medley-evaluate-") as folder:
-            yield str(export(path, Path(folder) / "export"))
+            with quiet():
+                exported = export(path, Path(folder) / "export")
+            yield str(exported)
     elif path.is_dir():
         raise UserError(
             f"{path}: no model: no config.json (Hugging Face), checkpoints/ (a run) or manifest.json (a checkpoint)"
