@@ -18,8 +18,8 @@ def pack(lengths: np.ndarray, row_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
     non_empty = 0
-    for sample in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[sample])
+    order = np.argsort(-lengths, kind="stable")
+    for sample, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         fitting = non_empty >> length
         if fitting:
             room = (fitting & -fitting).bit_length() - 1 + length
