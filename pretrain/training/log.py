@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.errors import UserError
 
-METRICS = "metrics.jsonl"
+METRICS, HELDOUT_START = "metrics.jsonl", "heldout-start.json"
 
 # Dense bf16 peaks of one device in TFLOP/s, from the makers' data sheets; matched by what the device's name contains.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A6000": 155.0, "L4": 121.0, "V100": 125.0}

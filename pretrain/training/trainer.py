@@ -19,7 +19,7 @@ from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
 from pretrain.training.flops import FlopCounter
 from pretrain.training.heldout import HeldoutProbe
-from pretrain.training.log import RunLog, SilentLog
+from pretrain.training.log import HELDOUT_START, RunLog, SilentLog
 from pretrain.training.stop import StopRequest
 
 STATE = "trainer.json"
@@ -186,7 +186,7 @@ class Trainer:
 
     def _note_start(self, losses: dict[str, float]) -> None:
         if self.engine.rank == 0:
-            (self.run / "heldout-start.json").write_text(json.dumps(losses) + "\n")
+            (self.run / HELDOUT_START).write_text(json.dumps(losses) + "\n")
 
     # ----------------------------------------------------------------------------------------- saving and resuming
 

@@ -1,0 +1,46 @@
+# make demo   install, prepare, train, evaluate, export: the whole way in a few minutes on two CPU cores
+# make test   install with the test extra and run the whole suite
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := demo
+# For a quicker or a longer demo: megabytes of text, and recipe keys to override.
+DEMO_MEGABYTES ?= 24
+DEMO_RECIPE ?=
+
+.PHONY: demo test lint install install-test clean
+
+demo: install
+	$(BIN)/medley corpus --out $(DEMO)/corpus --max-megabytes $(DEMO_MEGABYTES)
+	$(BIN)/medley prepare $(DEMO)/corpus/corpus.jsonl --out $(DEMO)/store --vocabulary 8192 --lowercase --overwrite
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators 2 \
+		launch/train.py --ds_config configs/ds/cpu.json $(DEMO_RECIPE)
+	$(BIN)/medley export $(DEMO)/run --overwrite
+	$(BIN)/medley evaluate $(DEMO)/run/export --task $(DEMO)/corpus/task --seeds 3
+	$(BIN)/medley evaluate $(DEMO)/run/export --task $(DEMO)/corpus/task --seeds 3 --untrained
+	$(BIN)/medley report $(DEMO)/run
+
+test: install-test
+	$(BIN)/pytest
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/installed
+install-test: $(VENV)/installed-test
+
+# PyTorch first and pinned: anything that depends on "torch" would otherwise take the newest build.
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info
