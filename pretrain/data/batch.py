@@ -86,14 +86,13 @@ def collate(
     row_starts = np.concatenate([[0], row_starts])[:-1]
     column = starts - row_starts[sample_rows] if len(ids) else starts
 
-    segments = np.repeat(np.arange(len(ids)), lengths)
-    positions = np.arange(len(segments)) - starts[segments]
-    places = (sample_rows * row_length + column)[segments] + positions
+    segments, counted = np.repeat(np.arange(len(ids)), lengths), np.arange(lengths.sum())
+    places = np.repeat(sample_rows * row_length + column - starts, lengths) + counted
     flat = np.full((3, len(rows) * row_length), -1, np.int64)
     flat[0], flat[2] = pad_id, 0
-    flat[0, places] = store.tokens[store.offsets[ids][segments] + positions]
+    flat[0, places] = store.tokens[np.repeat(store.offsets[ids] - starts, lengths) + counted]
     flat[1, places] = segments
-    flat[2, places] = positions
+    flat[2, places] = counted - np.repeat(starts, lengths)
     tokens, segment_ids, position_ids = torch.from_numpy(flat.reshape(3, len(rows), row_length))
     return Batch(
         tokens=tokens,

@@ -92,12 +92,13 @@ class Masker:
         self.config, self.seed, self.stream = config, seed, stream
         self.policy = POLICIES[config.policy]()
         self.mask_id = vocabulary.mask_id or 0
-        self.special_ids = torch.from_numpy(vocabulary.special_ids)
         self.ordinary_ids = torch.from_numpy(vocabulary.ordinary_ids)
+        self.is_ordinary = torch.ones(vocabulary.size, dtype=torch.bool)
+        self.is_ordinary[torch.from_numpy(vocabulary.special_ids)] = False
 
     def eligible(self, batch: Batch) -> torch.Tensor:
         """Return ``[rows, length]`` bool: places with an ordinary token."""
-        return batch.real & ~torch.isin(batch.tokens, self.special_ids.to(batch.tokens.device))
+        return batch.real & self.is_ordinary.to(batch.tokens.device)[batch.tokens]
 
     def __call__(self, batch: Batch, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return corrupted tokens and labels (:data:`IGNORED` where not chosen), both ``[rows, length]`` int64."""
