@@ -52,7 +52,11 @@ class Batch:
         """Return four ``[rows, length]`` tensors of random 32-bit words: a function of (seed, stream, sample, visit,
         position)."""
         ids = self.per_token(self.sample_ids)
-        return philox(seed, stream, self.position_ids, ids, ids >> 32, self.per_token(self.visits))
+        counters = self.position_ids, ids, ids >> 32, self.per_token(self.visits)
+        if ids.device.type == "cpu":  # numpy's loops take a third less time than torch's
+            words = philox(seed, stream, *(counter.numpy() for counter in counters))
+            return tuple(torch.from_numpy(word) for word in words)
+        return philox(seed, stream, *counters)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``."""
