@@ -93,7 +93,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         )
     rows, heads, length, _ = query.shape
     window = kwargs.get("sliding_window")
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    # Rotary positions leave queries and keys in float32 under autocast; the values have the layer's own type.
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value))
     attend = _varlen if layout.implementation == "varlen" else _blocks
     output = attend(q, k, v, layout, window, scaling, dropout)
     return output.view(rows, length, heads, value.shape[-1]), None
@@ -112,7 +113,7 @@ def _blocks(q, k, v, layout, window, scaling, dropout):
             dropout_p=dropout,
             scale=scaling,
         )
-        output = output.index_put((places[real],), attended.transpose(1, 2)[real])
+        output = output.index_put((places[real],), attended.transpose(1, 2)[real].to(output.dtype))
     return output
 
 

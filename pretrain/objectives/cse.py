@@ -96,8 +96,9 @@ class ContrastiveSentenceEmbeddings(Objective):
         )
         hidden = model.encoder(both.tokens, Layout(both, model.encoder.causal_only, model.encoder.attention))
         embeddings = model.heads["embedding"](_pool(hidden, both, self.config.pooling)).float()
-        first, second = F.normalize(embeddings, dim=-1).split(samples)
-        similarities = (first @ second.T / self.config.temperature).masked_fill(~view.candidates, -torch.inf)
+        first, second = F.normalize(embeddings, dim=-1).tensor_split([samples])
+        with torch.autocast(first.device.type, enabled=False):  # the temperature magnifies what 16 bits would lose
+            similarities = (first @ second.T / self.config.temperature).masked_fill(~view.candidates, -torch.inf)
         losses = similarities.logsumexp(1) - similarities.diagonal()
         return {self.name: losses * view.counts[self.name]}
 
