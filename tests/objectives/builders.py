@@ -1,0 +1,34 @@
+"""Models with one objective, for any objective of the registry."""
+
+import numpy as np
+
+from pretrain.data.batch import Batch
+from pretrain.model.multi_objective import MultiObjectiveModel
+from pretrain.objectives.base import build_objectives, parse_objectives
+from tests.builders import VOCABULARY, lay_out, random_samples, tiny_encoder
+
+
+def model_with(name: str, family: str = "bert", seed: int = 1, dropout: float = 0.1, **keys) -> MultiObjectiveModel:
+    """Return a model with one objective, configured by ``keys``, in evaluation mode (dropout is there, but off)."""
+    objectives = build_objectives(parse_objectives({name: keys}, "test"), VOCABULARY, seed)
+    return MultiObjectiveModel(tiny_encoder(family, dropout=dropout), objectives).eval()
+
+
+def rows_of_samples(rows: int, seed: int = 0) -> list[list[np.ndarray]]:
+    """Return rows of one to three samples; some samples are a single token."""
+    rng = np.random.default_rng(seed)
+    return [random_samples(rng.integers(1, 24, rng.integers(1, 4)), seed=100 * seed + row) for row in range(rows)]
+
+
+def numbered(rows: list[list[np.ndarray]], numbers: list[list[int]], **keys) -> Batch:
+    """Lay out rows whose samples have the given ids; visits follow from the ids."""
+    ids = [number for row in numbers for number in row]
+    return lay_out(rows, ids=ids, visits=[number % 3 for number in ids], **keys)
+
+
+def ids_of(rows: list[list[np.ndarray]], first: int = 0) -> list[list[int]]:
+    """Number the samples of some rows consecutively."""
+    numbers, result = iter(range(first, 10**6)), []
+    for row in rows:
+        result.append([next(numbers) for _ in row])
+    return result

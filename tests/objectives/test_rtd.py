@@ -1,0 +1,144 @@
+import pytest
+import torch
+from transformers import ElectraForPreTraining
+
+from pretrain.masking.policies import IGNORED
+from pretrain.model.attention import Layout
+from pretrain.objectives import rtd
+from pretrain.philox import philox
+from tests.builders import padded, places_of, random_samples
+from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
+
+UNSHARED = {"generator": {"share_embeddings": False}}
+SCALES = {"rtd/generator": 0.0, "rtd/discriminator": 0.0}
+
+
+def draw(probabilities: torch.Tensor, noise: float) -> int:
+    """Invert a cumulative distribution by adding up, in Python."""
+    reached, total = 0.0, float(probabilities.sum())
+    for token, probability in enumerate(probabilities.tolist()):
+        reached += probability
+        if noise * total < reached:
+            return token
+    return len(probabilities) - 1
+
+
+def gradients(model, term: str, batch) -> dict[str, torch.Tensor | None]:
+    view = model.objectives["rtd"].corrupt(batch, 0.0)
+    loss, _ = model({"rtd": view}, {**SCALES, term: 1.0})
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def test_the_discriminator_reads_the_generators_draws_at_masked_places_and_the_original_elsewhere():
+    model = model_with("rtd", masking={"rate": 0.4})
+    rows = rows_of_samples(6)
+    batch = numbered(rows, ids_of(rows), row_length=70)
+    view = model.objectives["rtd"].corrupt(batch, 0.0)
+    read = []
+    model.encoder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    model.objectives["rtd"].loss(model, view)
+    expected = batch.tokens.clone()
+    masked = view.labels != IGNORED
+    layout = Layout(batch)
+    logits = model.heads["generator"](view.tokens, layout, torch.arange(batch.tokens.numel()))
+    logits = logits.double().softmax(-1).view(*batch.tokens.shape, -1)
+    for row, column in masked.nonzero().tolist():
+        sample = int(batch.segment_ids[row, column])
+        identity = int(batch.sample_ids[sample]), int(batch.visits[sample])
+        word = philox(1, "rtd/sample", int(batch.position_ids[row, column]), identity[0], 0, identity[1])[0]
+        expected[row, column] = draw(logits[row, column], word * 2**-32)
+    assert masked.sum() > 15
+    assert torch.equal(read[-1], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hits", [0, 5, 10_000])
+def test_labels_and_loss_are_those_of_transformers_electra_with_hits_counted_as_original(monkeypatch, hits):
+    """The generator is made to guess the original at some masked places and something else at the others."""
+    model = model_with("rtd", "electra", masking={"rate": 0.4})
+    batch = padded(random_samples([9, 31, 17, 24]), row_length=33)
+    view = model.objectives["rtd"].corrupt(batch, 0.0)
+    masked = view.labels != IGNORED
+    originals = view.labels[masked]
+    guesses = torch.where(torch.arange(len(originals)) < hits, originals, (originals + 1 - 5) % 206 + 5)
+    monkeypatch.setattr(rtd, "sample_tokens", lambda logits, noise: guesses)
+    sums = model.objectives["rtd"].loss(model, view)["rtd/discriminator"]
+
+    tokens = batch.tokens.clone()
+    tokens[masked] = guesses
+    labels = [
+        [int(token != original) for token, original in zip(row, originals, strict=True)]
+        for row, originals in zip(tokens.tolist(), batch.tokens.tolist(), strict=True)
+    ]
+    assert sum(map(sum, labels)) == max(0, len(originals) - hits)
+    electra = ElectraForPreTraining(model.encoder.config).eval()
+    electra.electra = model.encoder.backbone
+    electra.discriminator_predictions.load_state_dict(model.heads["detection"].state_dict())
+    electra.set_attn_implementation("eager")
+    loss = electra(input_ids=tokens, attention_mask=batch.real.long(), labels=torch.tensor(labels)).loss
+    assert view.counts["rtd/discriminator"].tolist() == [9, 31, 17, 24]
+    assert (sums.sum() / 81).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_generators_loss_is_that_of_its_own_masked_language_model():
+    model = model_with("rtd", "bert", masking={"rate": 0.4})
+    batch = padded(random_samples([9, 31, 17]), row_length=31)
+    view = model.objectives["rtd"].corrupt(batch, 0.0)
+    sums = model.objectives["rtd"].loss(model, view)["rtd/generator"]
+    theirs = model.heads["generator"].encoder.pretrained
+    theirs.set_attn_implementation("eager")
+    loss = theirs(input_ids=view.tokens, attention_mask=batch.real.long(), labels=view.labels).loss
+    assert (sums.sum() / view.counts["rtd/generator"].sum()).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_every_chosen_token_is_masked_for_the_generator():
+    model = model_with("rtd")
+    rows = rows_of_samples(30)
+    view = model.objectives["rtd"].corrupt(numbered(rows, ids_of(rows)), 0.0)
+    assert (view.tokens[view.labels != IGNORED] == model.objectives["rtd"].vocabulary.mask_id).all()
+
+
+def test_generator_and_discriminator_train_apart():
+    model = model_with("rtd", **UNSHARED)
+    rows = rows_of_samples(6)
+    batch = numbered(rows, ids_of(rows))
+    from_detection = gradients(model, "rtd/discriminator", batch)
+    from_generator = gradients(model, "rtd/generator", batch)
+    for name in from_detection:
+        generators = name.startswith("heads.generator")
+        idle, busy = (from_detection, from_generator) if generators else (from_generator, from_detection)
+        assert idle[name] is None or not idle[name].any(), name
+        assert busy[name].any() or "key.bias" in name, name  # softmax does not see the keys' bias
+
+
+def test_shared_embeddings_get_a_gradient_from_both_and_nothing_else_does():
+    model = model_with("rtd")
+    rows = rows_of_samples(6)
+    batch = numbered(rows, ids_of(rows))
+    from_detection = gradients(model, "rtd/discriminator", batch)
+    from_generator = gradients(model, "rtd/generator", batch)
+    both = {
+        name
+        for name in from_detection
+        if all(found[name] is not None and found[name].any() for found in (from_detection, from_generator))
+    }
+    assert both == {"encoder.backbone.embeddings.word_embeddings.weight"}
+
+
+def test_the_terms_weigh_as_in_the_paper():
+    assert model_with("rtd").objectives["rtd"].terms == {"rtd/generator": 1.0, "rtd/discriminator": 50.0}
+    assert model_with("rtd", discriminator_weight=7).objectives["rtd"].terms["rtd/discriminator"] == 7.0
+
+
+def test_draws_change_with_the_visit_and_not_with_the_layout():
+    model = model_with("rtd")
+    samples = random_samples([20, 20])
+    first, second = (model.objectives["rtd"].corrupt(padded(samples, visits=[v, v]), 0.0) for v in (0, 1))
+    assert not torch.equal(first.noise, second.noise)
+    swapped = model.objectives["rtd"].corrupt(padded(samples[::-1], ids=[1, 0]), 0.0)
+    batch = swapped.batch
+    assert torch.equal(swapped.noise.flatten()[places_of(batch, 1)], first.noise[0])
