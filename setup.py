@@ -28,6 +28,7 @@ setup(
         "pyarrow",
         "zstandard",
         "tensorboard",
+        "packaging",
         "tqdm",
     ],
     extras_require={

@@ -75,7 +75,7 @@ def train(document: dict, *arguments: str, ds: str | Path = "zero2.json") -> tup
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), torch.enable_grad():
         code = main(["--ds_config", str(DS / ds), "--config", str(path), "--timeout", "60", *arguments])
     return code, out.getvalue(), err.getvalue()
 
