@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo
-# For a quicker or a longer demo: megabytes of text, and recipe keys to override.
+# For a quicker or a longer demo: megabytes of text, recipe keys to override, and how the end task is fine-tuned.
 DEMO_MEGABYTES ?= 24
 DEMO_RECIPE ?=
+DEMO_EVALUATE ?= --seeds 3 --epochs 5 --lr 2e-4
 
 .PHONY: demo test lint install install-test clean
 
@@ -17,8 +18,8 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators 2 \
 		launch/train.py --ds_config configs/ds/cpu.json $(DEMO_RECIPE)
 	$(BIN)/medley export $(DEMO)/run --overwrite
-	$(BIN)/medley evaluate $(DEMO)/run/export --task $(DEMO)/corpus/task --seeds 3
-	$(BIN)/medley evaluate $(DEMO)/run/export --task $(DEMO)/corpus/task --seeds 3 --untrained
+	$(BIN)/medley evaluate $(DEMO)/run/export --task $(DEMO)/corpus/task $(DEMO_EVALUATE)
+	$(BIN)/medley evaluate $(DEMO)/run/export --task $(DEMO)/corpus/task $(DEMO_EVALUATE) --untrained
 	$(BIN)/medley report $(DEMO)/run
 
 test: install-test
