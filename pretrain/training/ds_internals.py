@@ -58,8 +58,6 @@ def publish(engine: DeepSpeedEngine) -> None:
         optimizer._partition_all_parameters()
         for sub_group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def forget_gradients(engine: DeepSpeedEngine) -> None:

@@ -132,7 +132,7 @@ def test_half_a_launchers_environment_is_refused(monkeypatch):
 
 PRIVATE = {
     1: ["averaged_gradients", "all_grad_tensors", "single_partition_of_fp32_groups", "bit16_groups"],
-    3: ["grad_partitions_flat_buffer", "fp32_partitioned_groups_flat", "fp16_groups", "persistent_parameters"],
+    3: ["grad_partitions_flat_buffer", "fp32_partitioned_groups_flat", "fp16_groups"],
 }
 PRIVATE_OFFLOAD = {
     2: ["cpu_offload", "accumulated_grads_in_cpu"],
