@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 TIME_LIMIT_SECONDS = 120.0
+ENDING_SECONDS = 1.0
 STACKS_SECONDS = 5.0  # how long hung ranks get to write down where they are
 LOG_TAIL_CHARACTERS = 2000
 
@@ -115,8 +116,8 @@ class _Worker:
 
     def stacks(self) -> str:
         """Return the stacks of all threads of a hung worker, or say how it ended."""
-        if not self._process.is_alive():
-            self._process.join()
+        self._process.join(timeout=ENDING_SECONDS)  # a dying process closes its pipe before it is gone
+        if self._process.exitcode is not None:
             return f"ended with exit code {self._process.exitcode}"
         os.kill(self._process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + STACKS_SECONDS
