@@ -1,14 +1,15 @@
 """Work shared out over processes, with results in order and the death of a process seen at once."""
 
+import json
 import os
 import queue
-import signal
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -54,7 +55,6 @@ def _pool(start: Start, workers: int) -> Iterator[Callable]:
     Each worker has a pipe of its own and shares nothing, so that its death is seen as the end of its pipe, and the
     death of this process likewise by the workers. A thread waits at each pipe.
     """
-    context = get_context("spawn")  # a forked child would inherit the locks of other threads
     processes = []
     idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
 
@@ -74,11 +74,10 @@ def _pool(start: Start, workers: int) -> Iterator[Callable]:
     threads = ThreadPoolExecutor(workers)
     try:
         for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(start, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
+            ours, theirs = Pipe()
+            with theirs:
+                processes.append(_worker(theirs.fileno()))
+            ours.send(start)
             idle.put(ours)
         yield lambda item: threads.submit(call, item)
     finally:
@@ -86,14 +85,29 @@ def _pool(start: Start, workers: int) -> Iterator[Callable]:
             process.kill()  # done or to be stopped at once: either way there is nothing for it to tidy up
         threads.shutdown(cancel_futures=True)
         for process in processes:
-            process.join()
+            process.wait()
+        while not idle.empty():
+            idle.get().close()
 
 
-def _serve(start: Start, connection: Connection) -> None:
-    """Answer items with (whether it went well, result or exception) until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent sees to it
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    work = start()
+def _worker(descriptor: int) -> subprocess.Popen:
+    """Start a worker with its end of a pipe.
+
+    It is a process from scratch: a forked one would inherit the locks of other threads, and multiprocessing's spawned
+    one would import the main script again, with all that imports. In a session of its own Ctrl-C does not reach it.
+    """
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); import pretrain.data.pool as pool; "
+    command = [sys.executable, "-c", code + "pool.serve(int(sys.argv[1]))", str(descriptor), json.dumps(sys.path)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen(
+        command, pass_fds=[descriptor], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def serve(descriptor: int) -> None:
+    """Be a worker: answer items with (whether it went well, result or exception) until the pipe ends."""
+    connection = Connection(descriptor)
+    work = connection.recv()()
     while True:
         try:
             item = connection.recv()
@@ -105,7 +119,7 @@ def _serve(start: Start, connection: Connection) -> None:
             answer = False, error
         try:
             connection.send(answer)
-        except BrokenPipeError:
+        except OSError:  # the parent has ended
             return
 
 

@@ -102,6 +102,8 @@ def prepare(
         UserError: for whatever the user can mend; nothing is left behind then.
         RuntimeError: if a worker process dies.
     """
+    if options.get("tokenizer") is not None:
+        options["tokenizer"] = str(options["tokenizer"])
     settings = Options(**options)
     inputs = [str(name) for name in inputs]
     if workers is not None and workers < 1:

@@ -55,13 +55,13 @@ def cut_tokens(text: str, encoding: Encoding, capacity: int, minimum: int) -> li
 
 def _cut(text: str, ends: list[int], encoding: Encoding, low: int, high: int) -> int:
     """Return the best token in ``[low, high]`` to begin the next sample with."""
-    floor, ceiling = _start(encoding, low), _start(encoding, high)
+    floor, ceiling = max(_start(encoding, low), 1), _start(encoding, high)
     position = ends[bisect_right(ends, ceiling) - 1] if ends else -1
     if not floor <= position <= ceiling:
-        position = text.rfind("\n", max(floor - 1, 0), ceiling) + 1
+        position = text.rfind("\n", floor - 1, ceiling) + 1
     if not floor <= position <= ceiling:
         position = ceiling
-        while position >= floor and not _between_words(text, position):
+        while position >= floor and not text[position : position + 1].isspace():
             position -= 1
     if floor <= position <= ceiling:
         return low + bisect_left(range(low, high), position, key=lambda token: _start(encoding, token))
@@ -72,10 +72,6 @@ def _cut(text: str, ends: list[int], encoding: Encoding, low: int, high: int) ->
         if token > low:
             return token
     return high
-
-
-def _between_words(text: str, position: int) -> bool:
-    return any(map(str.isspace, text[max(position - 1, 0) : position + 1]))
 
 
 def _start(encoding: Encoding, token: int) -> int:
