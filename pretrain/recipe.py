@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, PrivateAttr
@@ -14,6 +14,9 @@ from pretrain.model.encoder import ModelConfig
 from pretrain.objectives.base import parse_objectives
 from pretrain.sampling import SamplerConfig
 from pretrain.training.schedule import ScheduleConfig
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataConfig(Config):
@@ -38,9 +41,10 @@ class OptimizerConfig(Config):
     """Peak."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled; not on vectors (biases, norms)."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """AdamW's decay of the first and second moments."""
     eps: float = Field(1e-6, gt=0)
-    momentum: float = Field(0.95, ge=0, lt=1)
+    momentum: Fraction = 0.95
     """Muon's."""
 
 
