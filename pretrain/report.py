@@ -28,7 +28,7 @@ def report(run: Path) -> str:
 
 
 def _losses(run: Path, records: list[dict]) -> str:
-    """Losses of each objective at the start and the end: on held-out text where measured, else on the training batches."""
+    """Losses of each objective at start and end: on held-out text where measured, else on the training batches."""
     start_file = run / HELDOUT_START
     heldout = [record["heldout"] for record in records if "heldout" in record]
     if start_file.is_file() and heldout:

@@ -72,12 +72,8 @@ class Loader:
                 f"use {store.max_length} or more"
             )
         self.store, self.seed, self.row_length, self.pad_id = store, seed, row_length, pad_id
-        self.batch_rows, self.micro_batch_rows, self.rank, self.world_size = (
-            batch_rows,
-            micro_batch_rows,
-            rank,
-            world_size,
-        )
+        self.batch_rows, self.micro_batch_rows = batch_rows, micro_batch_rows
+        self.rank, self.world_size = rank, world_size
         self.packing, self.window_size = packing, min(window, len(store))
         self.window = self.row = self.samples = 0
         self._window_rows = lru_cache(maxsize=2)(self._pack_window)

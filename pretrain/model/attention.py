@@ -4,7 +4,8 @@ Every sample attends to itself alone, whatever shares its row. The model is buil
 :data:`NAME`; the layout of the rows travels to it as the keyword ``layout`` of the backbone's forward. Two ways to the
 same numbers: ``blocks`` computes the diagonal blocks as batches of samples of like length with PyTorch's scaled
 dot-product attention, on any device; ``varlen`` runs all samples in one flash-attention kernel and needs a GPU and
-16-bit numbers."""
+16-bit numbers.
+"""
 
 from dataclasses import dataclass, field
 
@@ -126,17 +127,17 @@ def _varlen(q, k, v, layout, window, scaling, dropout):
         raise RuntimeError("varlen attention has no dropout; set model.attention_dropout to 0")
     places, cu_seqlens, longest = layout.flat()
     reach = -1 if window is None else window - 1
+    groups = q.shape[1] // k.shape[1]  # PyTorch 2.11 has no grouped heads here
     attended = varlen_attn(
         q[places],
-        k[places],
-        v[places],
+        k[places].repeat_interleave(groups, dim=1),
+        v[places].repeat_interleave(groups, dim=1),
         cu_seqlens,
         cu_seqlens,
         longest,
         longest,
         scale=scaling,
         window_size=(reach, 0 if layout.causal else reach),
-        enable_gqa=q.shape[1] != k.shape[1],
     )
     return q.new_zeros(q.shape[0], q.shape[1], v.shape[2]).index_put((places,), attended)
 

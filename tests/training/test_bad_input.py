@@ -65,6 +65,7 @@ def refused(document, *arguments, ds="zero2.json") -> str:
         ({"data__row_length": 16}, ["data.row_length", "16"]),
         ({"log__trackers": ["wandb"]}, ["log.trackers", "pip install wandb"]),
         ({"seed": -1}, ["seed"]),
+        ({"training__optimizer__betas": [0.9, 1.0]}, ["training.optimizer.betas.1", "less than 1"]),
     ],
 )
 def test_a_wrong_recipe_is_refused_naming_key_and_remedy(corpus, tmp_path, changes, words):
