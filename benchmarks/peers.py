@@ -102,7 +102,7 @@ def has_trainer() -> bool:
 
 def run_trainer(model, dataset, tokenizer, settings: Settings, folder: str, by_length: bool) -> Measurement:
     """Train with transformers' ``Trainer``, logging and saving off, and time the steps after the warm-up."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -139,13 +139,15 @@ def run_trainer(model, dataset, tokenizer, settings: Settings, folder: str, by_l
         report_to="none",
         disable_tqdm=True,
     )
-    Counting(
+    trainer = Counting(
         model=model,
         args=arguments,
         train_dataset=dataset,
         data_collator=collator(tokenizer, _multiple(settings)),
         callbacks=[Clock()],
-    ).train()
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return _measurement(tokens, losses, settings, seconds)
 
 
