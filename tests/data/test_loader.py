@@ -97,6 +97,15 @@ def test_with_packing_rows_are_shared_and_nearly_full(store):
     assert tokens / (30 * 12 * 31) > 0.9
 
 
+def test_rows_are_shuffled_anew_in_every_window(tmp_path):
+    """Packing begins with the longest sample; training must not."""
+    store = write_store(tmp_path / "store", random_samples([31, *[7] * 80]))
+    steps = global_batches(store, 40, window=81, batch_rows=21, micro_batch_rows=7)
+    rows = [row for batch in steps for row, _, sample, _, _ in batch if sample == 0]
+    assert len(rows) == 40
+    assert len(set(rows)) > 10
+
+
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("step", [0, 1, 2, 5, 11, 17])
 def test_going_on_from_a_saved_position_is_exact(store, packing, step):

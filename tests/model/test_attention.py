@@ -164,8 +164,10 @@ def test_attention_dropout_is_applied_in_training_alone():
 
 def test_blocks_hold_every_place_once_and_waste_less_than_half():
     samples = random_samples([1, 2, 15, 16, 17, 32, 33, 64, 3])
-    batch = lay_out([samples[:4], samples[4:7], samples[7:]])
+    batch = lay_out([samples[:4], samples[7:], samples[4:7]])
+    assert batch.real[-1, -1]  # the last sample, shorter than its block, ends where the rows end
     blocks = Layout(batch).blocks()
+    assert all(((places >= 0) & (places < batch.tokens.numel())).all() for places, _ in blocks)
     places = torch.cat([places[real] for places, real in blocks])
     assert torch.equal(places.sort().values, batch.real.flatten().nonzero().squeeze(1))
     for _, real in blocks:

@@ -124,3 +124,17 @@ def test_a_decoder_pools_the_mean():
 
 def test_a_micro_batch_must_hold_whole_groups():
     assert objective_of(group_rows=5).rows_together == 5
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_the_head_reads_a_samples_first_state_or_the_mean_of_its_states(pooling):
+    batch = a_batch()
+    states = torch.randn(12, 11, 8, generator=torch.Generator().manual_seed(2))
+    seen = []
+    model = with_states(states)
+    model.heads["embedding"] = lambda pooled: seen.append(pooled) or pooled
+    objective = objective_of(pooling=pooling)
+    objective.loss(model, objective.corrupt(batch, 0.0))
+    tokens = [half[batch.segment_ids == sample] for half in states.split(6) for sample in range(9)]
+    expected = torch.stack([states[0] if pooling == "first" else states.mean(0) for states in tokens])
+    assert torch.allclose(seen[0], expected, atol=1e-6)
