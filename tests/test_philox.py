@@ -1,3 +1,8 @@
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -100,10 +105,6 @@ def test_uniform_and_below_stay_inside_their_ranges_at_the_extremes(make):
 def test_tritons_philox_gives_the_same_words(tmp_path):
     """Triton reads its interpreter switch at import, so it runs in a process of its own."""
     pytest.importorskip("triton")
-    import os
-    import subprocess
-    import sys
-
     script = tmp_path / "kernel.py"
     script.write_text(
         "import torch, triton, triton.language as tl\n"
@@ -121,4 +122,4 @@ def test_tritons_philox_gives_the_same_words(tmp_path):
     result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-1000:]
     i = np.arange(64)
-    assert np.array_equal(np.array(eval(result.stdout)), np.stack(philox(17, "s", i, i * 3, 5, 6)))
+    assert np.array_equal(np.array(json.loads(result.stdout)), np.stack(philox(17, "s", i, i * 3, 5, 6)))

@@ -19,7 +19,7 @@ def build(model: ModelConfig, max_length: int = 64):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*TINY, "albert", "camembert", "esm", "qwen3"])
+@pytest.mark.parametrize("family", [*TINY, "albert", "camembert", "data2vec-text", "esm", "xlm-roberta", "qwen3"])
 def test_the_vocabulary_head_gives_the_logits_of_transformers_model(family):
     if family in TINY:
         encoder = tiny_encoder(family)
