@@ -37,6 +37,10 @@ _OF_THE_CHECKPOINT = ("family", "overrides", "size")  # keys that model.checkpoi
 _OFFSET_POSITIONS = {"camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "xmod"}
 
 
+# Keys of decoders that scale or bend the logits outside the head, where VocabularyHead would not see it.
+_AFTER_THE_HEAD = ("final_logit_softcapping", "lm_head_multiplier", "logit_scale", "logits_scaling")
+
+
 class ModelConfig(Config):
     """The backbone: ``family`` and ``size`` for a new one, ``checkpoint`` to go on from a trained one."""
 
@@ -173,6 +177,11 @@ def backbone_config(model: ModelConfig, vocabulary: Vocabulary, max_length: int)
     """
     config = _from_checkpoint(model) if model.checkpoint else _from_scratch(model, vocabulary, max_length)
     _check_kind(config)
+    for name in _AFTER_THE_HEAD:
+        if getattr(config, name, None) not in (None, 1):
+            raise UserError(
+                f"model.family: '{config.model_type}' changes its logits after its head ({name}): unsupported"
+            )
     if config.vocab_size < vocabulary.size:
         found = f"the model has {config.vocab_size} tokens, the store's tokenizer {vocabulary.size}"
         if model.checkpoint is None:
