@@ -133,6 +133,11 @@ def test_the_published_base_sizes_have_the_published_numbers_of_parameters():
         ({"family": "brt"}, r"^model\.family: unknown family 'brt'; did you mean 'bert'\?$"),
         ({"family": "bart", "size": None}, r"^model\.family: 'bart' is an encoder–decoder"),
         ({"family": "vit", "size": None}, r"^model\.family: 'vit' is not a language model"),
+        (
+            {"family": "cohere", "size": None},
+            r"^model\.family: 'cohere' changes its logits after its head \(logit_scale\)",
+        ),
+        ({"family": "gemma2", "size": None}, r"^model\.family: .*\(final_logit_softcapping\)"),
         ({"family": "gpt2"}, r"^model\.size: 'gpt2' has no named sizes .*bert.*model\.overrides$"),
         ({"overrides": {"hiden_size": 32}}, r"^model\.overrides\.hiden_size: .*did you mean 'hidden_size'\?$"),
         ({"overrides": {"to_dict": 1}}, r"^model\.overrides\.to_dict: no key of BertConfig"),
