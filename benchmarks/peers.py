@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pretrain.data.store import Store
 from pretrain.model.vocabulary import Vocabulary
@@ -75,7 +76,6 @@ def examples(store: Store, vocabulary: Vocabulary) -> list[dict]:
             "input_ids": ids.tolist(),
             "attention_mask": [1] * len(ids),
             "special_tokens_mask": special[ids].tolist(),
-            "length": len(ids),
         }
         for ids in samples
     ]
@@ -100,8 +100,29 @@ def has_trainer() -> bool:
     return is_accelerate_available()
 
 
-def run_trainer(model, dataset, tokenizer, settings: Settings, folder: str, by_length: bool) -> Measurement:
-    """Train with transformers' ``Trainer``, logging and saving off, and time the steps after the warm-up."""
+class GroupedByLength(Sampler):
+    """Batches of samples of like length as transformers groups them, in random order.
+
+    Its own order begins with the longest and falls over fifty batches, so that a few steps would not show the average.
+    """
+
+    def __init__(self, lengths: list[int], samples: int):
+        self.lengths, self.samples = lengths, samples
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        indices = torch.tensor(list(LengthGroupedSampler(self.samples, lengths=self.lengths)))
+        batches = indices.split(self.samples)
+        return iter(torch.cat([batches[number] for number in torch.randperm(len(batches))]).tolist())
+
+
+def run_trainer(model, dataset, tokenizer, settings: Settings, lengths: list[int] | None, folder: str) -> Measurement:
+    """Train with transformers' ``Trainer``, logging and saving off, and time the steps after the warm-up.
+
+    ``lengths`` of the samples are given if batches are to hold samples of like length.
+    """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Clock(TrainerCallback):
@@ -112,6 +133,11 @@ def run_trainer(model, dataset, tokenizer, settings: Settings, folder: str, by_l
                 seconds.extend(watch.stop())
 
     class Counting(Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            if lengths:
+                return GroupedByLength(lengths, settings.samples)
+            return super()._get_train_sampler(*args, **kwargs)
+
         def training_step(self, model, inputs, *args, **kwargs):
             tokens.append(inputs["attention_mask"].sum())
             loss = super().training_step(model, inputs, *args, **kwargs)
@@ -133,7 +159,7 @@ def run_trainer(model, dataset, tokenizer, settings: Settings, folder: str, by_l
         bf16=settings.bf16,
         use_cpu=settings.device == "cpu",
         dataloader_num_workers=0,
-        train_sampling_strategy="group_by_length" if by_length else "random",
+        remove_unused_columns=False,  # or the special tokens' mask would go, which spares the collator work
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
@@ -151,10 +177,8 @@ def run_trainer(model, dataset, tokenizer, settings: Settings, folder: str, by_l
     return _measurement(tokens, losses, settings, seconds)
 
 
-def run_loop(model, dataset, tokenizer, settings: Settings, by_length: bool) -> Measurement:
+def run_loop(model, dataset, tokenizer, settings: Settings, lengths: list[int] | None) -> Measurement:
     """Train with the shortest loop there is, for machines without accelerate; same collator, sampler and optimizer."""
-    from transformers.trainer_pt_utils import LengthGroupedSampler
-
     optimizer = torch.optim.AdamW(
         model.parameters(),
         settings.learning_rate,
@@ -163,10 +187,9 @@ def run_loop(model, dataset, tokenizer, settings: Settings, by_length: bool) -> 
         settings.weight_decay,
         fused=True,
     )
-    lengths = dataset["length"]
-    sampler = LengthGroupedSampler(settings.samples, lengths=lengths) if by_length else RandomSampler(lengths)
+    sampler = GroupedByLength(lengths, settings.samples) if lengths else RandomSampler(dataset)
     collate = collator(tokenizer, _multiple(settings))
-    loader = DataLoader(dataset.remove_columns("length"), settings.samples, sampler=sampler, collate_fn=collate)
+    loader = DataLoader(dataset, settings.samples, sampler=sampler, collate_fn=collate)
     tokens, losses, watch = [], [], Stopwatch(settings.device)
     batches = _endless(loader)
     model.train()

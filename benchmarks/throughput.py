@@ -152,6 +152,7 @@ class Peer:
         self.config = backbone_config(parts.recipe.model, parts.vocabulary, parts.store.max_length)
         self.weights = {name: each.clone() for name, each in parts.model.encoder.pretrained.state_dict().items()}
         self.dataset = Dataset.from_list(peers.examples(parts.store, parts.vocabulary))
+        self.lengths = parts.store.lengths.tolist()
         self.settings = peers.Settings(
             samples=args.samples,
             steps=args.steps,
@@ -168,10 +169,11 @@ class Peer:
     def run(self, *, by_length: bool) -> Measurement:
         """Train anew."""
         model = peers.build_model(self.config, self.weights, self.settings.device)
+        task = model, self.dataset, self.tokenizer, self.settings, self.lengths if by_length else None
         if not peers.has_trainer():
-            return peers.run_loop(model, self.dataset, self.tokenizer, self.settings, by_length)
+            return peers.run_loop(*task)
         with tempfile.TemporaryDirectory() as folder:
-            return peers.run_trainer(model, self.dataset, self.tokenizer, self.settings, folder, by_length)
+            return peers.run_trainer(*task, folder)
 
 
 def summary(rounds: dict[str, list[Measurement]], mfu: float | None) -> list[dict]:
