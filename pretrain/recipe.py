@@ -15,7 +15,6 @@ from pretrain.objectives.base import parse_objectives
 from pretrain.sampling import SamplerConfig
 from pretrain.training.schedule import ScheduleConfig
 
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -92,10 +92,12 @@ class Encoder(nn.Module):
     :meth:`vocabulary_head`; it is not a submodule, so what no objective uses is not trained.
     """
 
-    def __init__(self, model: PreTrainedModel, *, attention: str = "blocks"):
+    def __init__(self, model: PreTrainedModel, *, attention: str = "blocks", activation_checkpointing: bool = False):
         super().__init__()
         self.backbone = model.base_model
-        self.attention = attention
+        self.attention, self.activation_checkpointing = attention, activation_checkpointing
+        if activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         object.__setattr__(self, "pretrained", model)
         self.first_position = _first_position(model.config.model_type, getattr(model.config, "pad_token_id", None))
         self.packs_rows = model._can_set_attn_implementation()
@@ -285,9 +287,8 @@ def build_encoder(model: ModelConfig, config, *, device_type: str, dtype: torch.
             raise UserError(f"model.checkpoint: '{model.checkpoint}' cannot be loaded: {reason}") from None
         raise UserError(f"model.overrides: no '{model.family}' can be built with them: {reason}") from None
     pretrained.train()  # a checkpoint comes without dropout
-    if model.activation_checkpointing:
-        pretrained.gradient_checkpointing_enable({"use_reentrant": False})
-    return Encoder(pretrained, attention=_attention(model, config, device_type, dtype))
+    attention = _attention(model, config, device_type, dtype)
+    return Encoder(pretrained, attention=attention, activation_checkpointing=model.activation_checkpointing)
 
 
 def _attention(model: ModelConfig, config, device_type: str, dtype: torch.dtype) -> str:

@@ -27,7 +27,9 @@ class Generator(nn.Module):
         if share_embeddings:
             model.set_input_embeddings(encoder.backbone.get_input_embeddings())
             model.tie_weights()
-        self.encoder = Encoder(model, attention=encoder.attention)
+        self.encoder = Encoder(
+            model, attention=encoder.attention, activation_checkpointing=encoder.activation_checkpointing
+        )
         self.head = self.encoder.vocabulary_head()
 
     def forward(self, tokens: torch.Tensor, layout: Layout, places: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from pretrain.training.ds_config import resolve_ds_config
 from pretrain.training.engine import Engine, init_distributed, shutdown_distributed
 from pretrain.training.log import RunLog, check_trackers
 from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
+from pretrain.training.saving import resume
 from pretrain.training.stop import StopRequest
 from pretrain.training.trainer import Trainer
 
@@ -118,7 +119,7 @@ def _engine(parts: Parts, ds_config: dict) -> Engine:
 def _train(parts: Parts, engine: Engine, stop: StopRequest, start: Path | None) -> None:
     trainer = Trainer(parts, engine, stop)
     if start is not None:
-        trainer.resume(start)
+        resume(trainer, start)
     recipe = parts.recipe
     if engine.rank == 0:
         trainer.log = RunLog(

@@ -1,0 +1,48 @@
+"""The record of a step: one line of ``metrics.jsonl``. docs/formats.md describes the fields."""
+
+from dataclasses import dataclass
+
+from pretrain.data.loader import StepBatch
+from pretrain.objectives import Objective
+
+
+@dataclass
+class StepFacts:
+    """What a step was and did, on all ranks together."""
+
+    batch: StepBatch
+    plan: dict[str, float]
+    """Objective → share."""
+    probabilities: dict[str, float]
+    """Objective → the sampler's probability."""
+    targets: dict[str, float]
+    """Term → targets in the global batch."""
+    sums: dict[str, float]
+    """Term → sum of losses over the global batch."""
+    learning_rate: float
+    grad_norm: float | None
+    """Global norm before clipping, None if the step was skipped."""
+    seconds: float
+
+    def record(self, objectives: dict[str, Objective]) -> dict:
+        """Return the fields that the step alone decides; numbers may be NaN."""
+        means = {term: total / max(self.targets[term], 1.0) for term, total in self.sums.items()}
+        losses = {
+            name: sum(weight * means[term] for term, weight in objectives[name].terms.items()) for name in self.plan
+        }
+        return {
+            "loss": sum(share * losses[name] for name, share in self.plan.items()),
+            "losses": losses,
+            "terms": means,
+            "targets": {term: int(count) for term, count in self.targets.items()},
+            "plan": self.plan,
+            "probabilities": self.probabilities,
+            "effective_sample_size": 1.0,
+            "lr": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "tokens": self.batch.tokens,
+            "samples": self.batch.samples,
+            "sample_ids_sha256": self.batch.sample_ids_sha256,
+            "seconds": self.seconds,
+            "tokens_per_second": self.batch.tokens / self.seconds,
+        }
