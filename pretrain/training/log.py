@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,13 +14,13 @@ from pretrain.errors import UserError
 
 METRICS, HELDOUT_START = "metrics.jsonl", "heldout-start.json"
 
-# Dense bf16 peaks of one device in TFLOP/s, from the makers' data sheets; matched by what the device's name contains.
+# Dense bf16 peaks of one device in TFLOP/s, from the makers' data sheets; matched as a word of its name.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A6000": 155.0, "L4": 121.0, "V100": 125.0}
 
 
 def peak_flops(device_name: str) -> float | None:
     """Return a known GPU's peak in FLOP/s, else None."""
-    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in device_name), None)
+    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 class RunLog:
