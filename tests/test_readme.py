@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 400
 SMALL_DEMO = {
     "DEMO_MEGABYTES": "3",
-    "DEMO_RECIPE": "training.steps=6 training.batch_rows=8 training.micro_batch_rows=4 heldout.rows=8",
+    "DEMO_RECIPE": "training.steps=6 heldout.rows=16",
     "DEMO_EVALUATE": "--seeds 2 --epochs 1 --max-train 64",
 }
 
