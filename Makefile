@@ -8,7 +8,7 @@ DEMO := demo
 # For a quicker or a longer demo: megabytes of text, recipe keys to override, and how the end task is fine-tuned.
 DEMO_MEGABYTES ?= 24
 DEMO_RECIPE ?=
-DEMO_EVALUATE ?= --seeds 3 --epochs 5 --lr 1e-3
+DEMO_EVALUATE ?= --seeds 3 --epochs 3 --lr 1e-3
 
 .PHONY: demo test lint install install-test clean
 
