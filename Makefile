@@ -1,4 +1,4 @@
-# make demo   install, prepare, train, evaluate, export: the whole way in a few minutes on two CPU cores
+# make demo   install, prepare, train, evaluate, export: the whole way, in nine minutes on two CPU cores
 # make test   install with the test extra and run the whole suite
 
 PYTHON ?= python3
