@@ -61,7 +61,7 @@ def export(checkpoint: str | Path, out: str | Path, kind: str | None = None, *, 
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """Return ``path`` if it is a checkpoint, or the newest good checkpoint if it is a run folder."""
-    path = Path(path)
+    path = Path(path).resolve()
     if (path / "checkpoints").is_dir():
         newest = checkpoints.newest(path)
         if newest is None:
@@ -74,7 +74,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 def load_model(folder: Path, recipe: Recipe, vocabulary: Vocabulary) -> MultiObjectiveModel:
     """Return the training model of a checkpoint saved at any ZeRO stage and world size, in fp32 on the CPU."""
-    scratch = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpoint": None})})
+    keys = {"checkpoint": None, "attention": "blocks"}  # no other weights, and nothing that needs a GPU
+    scratch = recipe.model_copy(update={"model": recipe.model.model_copy(update=keys)})
     config = AutoConfig.from_pretrained(folder / "model")
     model = build_model(scratch, vocabulary, config, dtype=torch.float32)
     load_weights(folder / "engine", model)
@@ -118,7 +119,7 @@ def model_card(folder: Path, manifest: dict, recipe: Recipe, model: PreTrainedMo
         if records
         else {}
     )
-    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in losses.items())
+    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in losses.items() if value is not None)
     versions = ", ".join(
         f"{name} {version(name)}" for name in ("medley-pretrain", "torch", "transformers", "deepspeed")
     )

@@ -287,6 +287,8 @@ def build_encoder(model: ModelConfig, config, *, device_type: str, dtype: torch.
             raise UserError(f"model.checkpoint: '{model.checkpoint}' cannot be loaded: {reason}") from None
         raise UserError(f"model.overrides: no '{model.family}' can be built with them: {reason}") from None
     pretrained.train()  # a checkpoint comes without dropout
+    if model.activation_checkpointing and not pretrained.supports_gradient_checkpointing:
+        raise UserError(f"model.activation_checkpointing: '{config.model_type}' does not support it; set it to false")
     attention = _attention(model, config, device_type, dtype)
     return Encoder(pretrained, attention=attention, activation_checkpointing=model.activation_checkpointing)
 
@@ -295,9 +297,14 @@ def _attention(model: ModelConfig, config, device_type: str, dtype: torch.dtype)
     dropout = max(
         float(getattr(config, n, 0) or 0) for n in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
     )
-    possible = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and dropout == 0
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    possible = device_type == "cuda" and dtype == torch.bfloat16 and dropout == 0 and head_size % 8 == 0
+    possible = possible and head_size <= 256 and torch.cuda.get_device_capability() >= (8, 0)
     if model.attention == "auto":
         return "varlen" if possible else "blocks"
     if model.attention == "varlen" and not possible:
-        raise UserError("model.attention: 'varlen' needs a GPU, bf16 and no attention dropout; use 'blocks' or 'auto'")
+        raise UserError(
+            "model.attention: 'varlen' needs a GPU of capability 8.0, bf16, no attention dropout and heads of a multiple "
+            "of 8 up to 256; use 'blocks' or 'auto'"
+        )
     return model.attention

@@ -110,5 +110,6 @@ def _pool(hidden: torch.Tensor, batch: Batch, pooling: str) -> torch.Tensor:
         places = ((batch.position_ids == 0) & batch.real).reshape(-1).nonzero().squeeze(1)
         return flat[places[torch.argsort(segments[places])]]
     places = (segments >= 0).nonzero().squeeze(1)
-    sums = flat.new_zeros(len(batch.lengths), flat.shape[1]).index_add(0, segments[places], flat[places])
-    return sums / batch.lengths[:, None]
+    sums = flat.new_zeros(len(batch.lengths), flat.shape[1], dtype=torch.float32)
+    sums = sums.index_add(0, segments[places], flat[places].float())
+    return (sums / batch.lengths[:, None]).to(flat.dtype)

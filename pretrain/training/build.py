@@ -78,7 +78,8 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
     vocabulary = Vocabulary.of(tokenizer)
     sampler = build_sampler(recipe.sampler, list(recipe.objective_configs), recipe.seed, recipe.source)
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe, vocabulary, backbone_config(recipe.model, vocabulary, store.max_length), dtype=dtype)
+    longest = max(store.max_length, heldout.max_length if heldout is not None else 0)
+    model = build_model(recipe, vocabulary, backbone_config(recipe.model, vocabulary, longest), dtype=dtype)
     components = model.components()
     parts = Parts(
         recipe=recipe,
@@ -90,9 +91,10 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
         components=components,
         sizes={name: sum(p.numel() for p in params) for name, params in components.items()},  # ZeRO-3 empties them
         sampler=sampler,
-        row_length=_row_length(recipe, store, model),
+        row_length=_row_length(recipe, longest, model),
     )
     parts.loader(rank=0, world_size=1).check_fills_a_batch()
+    parts.heldout_loader(rank=0, world_size=1)  # its samples must fit as well
     return parts
 
 
@@ -118,8 +120,8 @@ def _open_stores(recipe: Recipe) -> tuple[Store, Store | None]:
     return stores[0], stores[1] if stores[1] is not None and len(stores[1]) else None
 
 
-def _row_length(recipe: Recipe, store: Store, model: MultiObjectiveModel) -> int:
+def _row_length(recipe: Recipe, longest: int, model: MultiObjectiveModel) -> int:
     if recipe.data.packing and not model.encoder.packs_rows:
         family = model.encoder.config.model_type
         raise UserError(f"data.packing: the attention of '{family}' cannot keep packed samples apart; set it to off")
-    return recipe.data.row_length or store.max_length * (4 if recipe.data.packing else 1)
+    return recipe.data.row_length or longest * (4 if recipe.data.packing else 1)

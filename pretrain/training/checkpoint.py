@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pretrain.errors import UserError
 
-MANIFEST, LATEST, _PARTIAL = "manifest.json", "latest", ".partial"
+MANIFEST, LATEST, _PARTIAL, _ASIDE = "manifest.json", "latest", ".partial", "abandoned-"
 _BLOCK_BYTES = 1 << 22
 
 
@@ -37,9 +37,11 @@ def publish(run: Path, step: int, facts: dict) -> Path:
     _write(partial / MANIFEST, json.dumps({"step": step, **facts, "files": files}, indent=2) + "\n")
     for path in [partial, *partial.rglob("*")]:
         _sync(path)
-    if final.exists():  # saved at this step before; identical by construction
-        shutil.rmtree(final)
+    replaced = final.with_suffix(f".old{_PARTIAL}")
+    if final.exists():
+        final.rename(replaced)
     partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     _sync(final.parent)
     pointer = final.parent / f"{LATEST}.new"
     _write(pointer, final.name + "\n")
@@ -88,6 +90,16 @@ def newest(run: Path, warn=print) -> Path | None:
         except UserError as error:
             warn(f"warning: passing over a checkpoint: {error}")
     return None
+
+
+def set_aside(run: Path, after: int) -> None:
+    """Rename the checkpoints of later steps than ``after``, from which the run has just gone on: they belong to a history
+    that is being replaced, or are damaged, and must not be taken for the newest again."""
+    for folder in candidates(run):
+        if folder > folder_of(run, after):
+            target = folder.with_name(_ASIDE + folder.name)
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
 
 
 def prune(run: Path, keep: int) -> None:

@@ -18,10 +18,10 @@ class FlopCounter:
 
     def __init__(self, parts: Parts, engine: Engine):
         self.parts, self.engine = parts, engine
-        tflops = parts.recipe.log.peak_tflops
-        self.peak = tflops * 1e12 if tflops else None
-        if self.peak is None and engine.device.type == "cuda":
-            self.peak = peak_flops(torch.cuda.get_device_name())
+        peak = (parts.recipe.log.peak_tflops or 0.0) * 1e12
+        if not peak and engine.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name()) or 0.0
+        self.peak = float(engine.all_reduce([peak], "max")) or None  # all ranks count, or none
         self._flops_per_token: dict[str, float] = {}
 
     def utilisation(self, plan: dict[str, float], tokens: int, seconds: float) -> float | None:

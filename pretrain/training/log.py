@@ -15,7 +15,7 @@ from pretrain.errors import UserError
 METRICS, HELDOUT_START = "metrics.jsonl", "heldout-start.json"
 
 # Dense bf16 peaks of one device in TFLOP/s, from the makers' data sheets; matched as a word of its name.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A6000": 155.0, "L4": 121.0, "V100": 125.0}
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A6000": 155.0, "L4": 121.0}
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -106,12 +106,8 @@ class SilentLog:
 
 
 def start_tracker(name: str, run: Path, settings: dict):
-    """Start a run of W&B or trackio and return it; :class:`UserError` if the package is not installed."""
-    try:
-        module = __import__(name)
-    except ImportError:
-        raise UserError(f"log.trackers: '{name}' is not installed; pip install {name}") from None
-    return module.init(project="medley", name=run.name, config=settings)
+    """Start a run of W&B or trackio and return it."""
+    return importlib.import_module(name).init(project="medley", name=run.name, config=settings)
 
 
 def check_trackers(names: list[str]) -> None:

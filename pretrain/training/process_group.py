@@ -32,7 +32,7 @@ def init_distributed(timeout_seconds: float) -> None:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     elif missing:
-        raise UserError(f"environment: {', '.join(missing)} not set; start with deepspeed, torchrun or launch/slurm")
+        raise UserError(f"environment: {', '.join(missing)} not set; start with deepspeed, torchrun or srun")
     avoid_shared_memory()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     timeout = timedelta(seconds=timeout_seconds)

@@ -18,7 +18,7 @@ from pretrain.training.ds_config import resolve_ds_config
 from pretrain.training.engine import Engine, init_distributed, shutdown_distributed
 from pretrain.training.log import RunLog, check_trackers
 from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
-from pretrain.training.saving import resume
+from pretrain.training.saving import check_agreement, resume
 from pretrain.training.stop import StopRequest
 from pretrain.training.trainer import Trainer
 
@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> None:
             parts = build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
             start = _starting_point(recipe, args.resume, rank) if not args.dry_run else None
             if rank == 0 and not args.dry_run:
-                _prepare_folder(recipe, ds_config)
+                _make_folder(recipe)
         init_distributed(args.timeout)
         engine = _engine(parts, ds_config)
         if args.dry_run:
@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> None:
             if rank == 0:
                 print(page, flush=True)
         else:
-            _train(parts, engine, stop, start)
+            _train(parts, engine, stop, start, ds_config)
     finally:
         stop.remove()
 
@@ -116,12 +116,15 @@ def _engine(parts: Parts, ds_config: dict) -> Engine:
     return Engine(parts.model, groups, ds_config, settings)
 
 
-def _train(parts: Parts, engine: Engine, stop: StopRequest, start: Path | None) -> None:
-    trainer = Trainer(parts, engine, stop)
+def _train(parts: Parts, engine: Engine, stop: StopRequest, start: Path | None, ds_config: dict) -> None:
+    recipe, trainer = parts.recipe, Trainer(parts, engine, stop)
     if start is not None:
-        resume(trainer, start)
-    recipe = parts.recipe
+        with recipe.named_in_errors():
+            resume(trainer, start)
+    check_agreement(trainer)
     if engine.rank == 0:
+        recipe.save(trainer.run / "config.yaml")
+        (trainer.run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         trainer.log = RunLog(
             Path(recipe.run),
             first_step=trainer.step,
@@ -171,21 +174,31 @@ def _starting_point(recipe: Recipe, resume: str, rank: int) -> Path | None:
 
 
 def _check_same_model(recipe: Recipe, start: Path) -> None:
-    """Refuse to go on with another model or other objectives than the checkpoint's."""
+    """Refuse to go on with another model, other objectives or another optimizer than the checkpoint's."""
     saved = load_recipe(start / "config.yaml")
-    for key in ("model", "objectives", "seed"):
-        now = getattr(recipe, key) if key != "objectives" else recipe.objective_configs
-        then = getattr(saved, key) if key != "objectives" else saved.objective_configs
+    for key, now, then in (
+        ("seed", recipe.seed, saved.seed),
+        ("model", _architecture(recipe), _architecture(saved)),
+        ("objectives", list(recipe.objective_configs.items()), list(saved.objective_configs.items())),
+        ("sampler", recipe.sampler, saved.sampler),
+        ("training.optimizer.name", recipe.training.optimizer.name, saved.training.optimizer.name),
+    ):
         if now != then:
             raise UserError(f"{key}: differs from that of {start}; choose another run folder (run=…) or restore it")
+    if recipe.training != saved.training and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: training.* differs from that of {start}; schedules follow the new values", flush=True)
 
 
-def _prepare_folder(recipe: Recipe, ds_config: dict) -> None:
+def _architecture(recipe: Recipe) -> dict:
+    """Return what of the model's configuration decides its numbers, and not only how they are computed."""
+    return recipe.model.model_dump(exclude={"attention", "activation_checkpointing"})
+
+
+def _make_folder(recipe: Recipe) -> None:
     run = Path(recipe.run)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        recipe.save(run / "config.yaml")
-        (run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+        (run / "config.yaml").touch()
     except OSError as error:
         raise UserError(f"run: cannot write to '{run}': {error.strerror}") from None
 

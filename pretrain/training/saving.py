@@ -31,16 +31,22 @@ def save(trainer: "Trainer") -> None:
         engine.barrier()
         engine.save(partial / "engine")
         if engine.rank == 0:
+            _check_all_wrote(partial / "engine", 1 if engine.stage == 0 else engine.world_size)
             _write_facts(trainer, partial)
             facts = {"world_size": engine.world_size, "zero_stage": engine.stage}
             trainer.log.say(f"saved {checkpoint.publish(run, step, facts)}")
-            checkpoint.prune(run, trainer.recipe.checkpoint.keep)
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if engine.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
         reason = str(error).strip().splitlines()[0]
         raise RunError(
             f"step {step}: cannot save a checkpoint: {reason}; last good one: {last_checkpoint(run)}"
         ) from error
+    if engine.rank == 0:
+        try:
+            checkpoint.prune(run, trainer.recipe.checkpoint.keep)
+        except OSError as error:
+            trainer.log.say(f"warning: cannot remove an old checkpoint: {error}")
     engine.barrier()
 
 
@@ -59,11 +65,30 @@ def resume(trainer: "Trainer", folder: Path) -> None:
             )
     trainer.load_state_dict(json.loads((folder / STATE).read_text()))
     trainer.engine.load(folder / "engine")
+    if trainer.engine.rank == 0:
+        checkpoint.set_aside(trainer.run, after=trainer.step)
+
+
+def check_agreement(trainer: "Trainer") -> None:
+    """Raise RunError if the ranks do not go on from the same step; all ranks call it."""
+    newest, minus_oldest = trainer.engine.all_reduce([trainer.step, -trainer.step], "max").tolist()
+    if newest != -minus_oldest:
+        raise RunError(
+            f"{trainer.run}: the ranks see different checkpoints (steps {-minus_oldest:.0f} to {newest:.0f}); "
+            "the run's folder must be one that all of them share"
+        )
 
 
 def last_checkpoint(run: Path) -> str:
     """Return the newest checkpoint's folder for a message, or "none"."""
     return str(next(iter(checkpoint.candidates(run)), "none"))
+
+
+def _check_all_wrote(folder: Path, expected: int) -> None:
+    """Raise OSError unless the folder holds what every rank has written."""
+    found = len(list(folder.iterdir()))
+    if found != expected:
+        raise OSError(f"{folder} holds {found} files of {expected}; the run's folder must be one that all ranks share")
 
 
 def _write_facts(trainer: "Trainer", folder: Path) -> None:

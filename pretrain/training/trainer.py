@@ -139,7 +139,8 @@ class Trainer:
     def heldout_is_due(self) -> bool:
         """Whether held-out losses belong to the step just done."""
         interval, last = self.recipe.heldout.interval_steps, self.step == self.config.steps
-        return bool(self.heldout) and (last or (interval > 0 and self.step % interval == 0))
+        due = last or (interval > 0 and self.step % interval == 0)
+        return bool(self.heldout) and due and (last or not self.stopping)  # who asks to stop may not wait
 
     def save_is_due(self) -> bool:
         """Whether the step just done is one to save."""
