@@ -30,7 +30,6 @@ OPTIONAL = {  # distribution → what it is for
     "triton": "fused kernels on a GPU",
     "wandb": "tracking",
     "trackio": "tracking",
-    "spacy": "salient-span masking by named entities",
     "flash-attn": "attention over packed rows on a GPU",
 }
 TIME_LIMIT = 12.0  # seconds for all probes together
@@ -238,7 +237,7 @@ def _build_tools(cuda: bool) -> Iterator[Check]:
     if cuda:
         home = os.environ.get("CUDA_HOME")
         nvcc = f"{home}/bin/nvcc" if home else "nvcc"
-        yield _tool("nvcc", nvcc, "module load cuda, or set CUDA_HOME; without it use torch_adam: true", False)
+        yield _tool("nvcc", nvcc, "module load cuda, or set CUDA_HOME", False)
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     for lock in [*cache.glob("*/lock"), *cache.glob("*/*/lock")]:
         if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:

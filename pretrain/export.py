@@ -3,8 +3,6 @@ made."""
 
 import argparse
 import json
-import os
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from transformers import AutoConfig, ElectraForPreTraining, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from pretrain.data.output import whole_folder
 from pretrain.data.tokenization import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.multi_objective import MultiObjectiveModel
@@ -22,6 +21,7 @@ from pretrain.training.build import build_model
 from pretrain.training.log import read_metrics
 from pretrain.training.states import load_weights
 
+MARKS = ("config.json", "model.safetensors", "README.md")  # what tells an export from another folder
 KINDS = ("masked-lm", "causal-lm", "discriminator", "generator", "backbone")
 
 
@@ -39,23 +39,17 @@ def export(checkpoint: str | Path, out: str | Path, kind: str | None = None, *, 
         UserError: if there is no good checkpoint, ``out`` exists, or the kind was not trained.
     """
     folder, out = resolve_checkpoint(checkpoint), Path(out)
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already; choose another folder or pass --overwrite")
+    if out.resolve() in (folder, *folder.parents):
+        raise UserError(f"{out}: holds the checkpoint that is to be exported; choose another --out")
     manifest = checkpoints.verify(folder)
     recipe = load_recipe(folder / "config.yaml")
     tokenizer = load_tokenizer(folder / "model")
     model = load_model(folder, recipe, Vocabulary.of(tokenizer))
     chosen = _choose(model, kind or _fitting_kind(model))
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
+    with whole_folder(out, overwrite, MARKS) as partial:
         chosen.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(folder, manifest, recipe, chosen), encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -176,5 +170,7 @@ def run(args: argparse.Namespace) -> None:
     """Run ``medley export``."""
     disable_progress_bar()
     folder = resolve_checkpoint(args.checkpoint)
+    if args.out is None and folder.parent.name != "checkpoints":
+        raise UserError(f"{folder}: is in no run's folder; say with --out where the export goes")
     out = Path(args.out) if args.out else folder.parents[1] / "export"
     print(f"exported {folder} → {export(folder, out, args.kind, overwrite=args.overwrite)}")

@@ -13,7 +13,7 @@ from pretrain.errors import UserError
 from pretrain.model.encoder import ModelConfig
 from pretrain.objectives.base import parse_objectives
 from pretrain.sampling import SamplerConfig
-from pretrain.training.schedule import ScheduleConfig
+from pretrain.schedule import ScheduleConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -96,7 +96,7 @@ class LogConfig(Config):
 class Recipe(Config):
     """What is trained. ``configs/recipes/`` has examples."""
 
-    run: str
+    run: str = Field(..., min_length=1)
     """Folder of the run: configuration, metrics, checkpoints."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides every random choice of the run."""

@@ -19,7 +19,7 @@ def report(run: Path) -> str:
     if not records:
         raise UserError(f"{run}: no metrics.jsonl with a step in it; is this a run folder?")
     parts = [_losses(run, records), _speed(records)]
-    scores = sorted((run / "export").glob("evaluation-*.json"))
+    scores = sorted([*run.glob("evaluation-*.json"), *(run / "export").glob("evaluation-*.json")])
     trained = [path for path in scores if not path.stem.endswith("-untrained")]
     parts += [_scores(path) for path in trained]
     if (run / "export" / "config.json").is_file():

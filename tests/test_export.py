@@ -153,3 +153,20 @@ def test_the_tokenizer_and_a_card_with_the_provenance_come_along(corpus, tmp_pat
         export(tmp_path / "run", tmp_path / "other", "generator")
     with pytest.raises(UserError, match="neither a checkpoint"):
         export(corpus, tmp_path / "other")
+
+
+def test_overwriting_never_deletes_a_folder_that_is_no_export(corpus, tmp_path):
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    assert train(recipe(corpus, run, objectives={"mlm": {}}, sampler={}, training__steps=1))[0] == 0
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("…")
+    for out, reason in (
+        (precious, "not a folder this command made"),
+        (run, "holds the checkpoint"),
+        (tmp_path, "holds"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            export(run, out, overwrite=True)
+    assert (precious / "thesis.txt").exists() and (run / "checkpoints").is_dir()
+    first = export(run, tmp_path / "export")
+    assert export(run, first, overwrite=True) == first

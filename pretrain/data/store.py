@@ -46,6 +46,7 @@ class Store:
         try:
             self.meta = json.loads(meta_file.read_text())
             self.dtype, samples, tokens = np.dtype(self.meta["dtype"]), self.meta["samples"], self.meta["tokens"]
+            _ = self.meta["max_length"], self.meta["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{meta_file}: not a store's meta.json ({error!r}); prepare the corpus again") from None
         if self.meta.get("format_version") != FORMAT_VERSION:

@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, model_serializer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
@@ -264,7 +263,7 @@ def _from_scratch(model: ModelConfig, vocabulary: Vocabulary, max_length: int):
     }
     try:
         return CONFIG_MAPPING[model.family](**(keys | model.overrides))
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # the config classes raise whatever they meet
         raise UserError(f"model.overrides: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
@@ -281,8 +280,8 @@ def build_encoder(model: ModelConfig, config, *, device_type: str, dtype: torch.
             pretrained = auto.from_pretrained(model.checkpoint, config=config, dtype=torch.float32)
         else:
             pretrained = auto.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # transformers and torch raise whatever they meet
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if model.checkpoint:
             raise UserError(f"model.checkpoint: '{model.checkpoint}' cannot be loaded: {reason}") from None
         raise UserError(f"model.overrides: no '{model.family}' can be built with them: {reason}") from None
@@ -304,7 +303,7 @@ def _attention(model: ModelConfig, config, device_type: str, dtype: torch.dtype)
         return "varlen" if possible else "blocks"
     if model.attention == "varlen" and not possible:
         raise UserError(
-            "model.attention: 'varlen' needs a GPU of capability 8.0, bf16, no attention dropout and heads of a multiple "
-            "of 8 up to 256; use 'blocks' or 'auto'"
+            "model.attention: 'varlen' needs a GPU of capability 8.0, bf16, no attention dropout and a head size that "
+            "is a multiple of 8 up to 256; use 'blocks' or 'auto'"
         )
     return model.attention

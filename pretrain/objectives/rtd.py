@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from transformers.activations import ACT2FN
 
-from pretrain.config import Config, Scheduled
+from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
 from pretrain.masking.policies import IGNORED, Masker, MaskingConfig, SplitConfig
@@ -36,10 +36,23 @@ class GeneratorConfig(Config):
         return self
 
 
+class GeneratorSplitConfig(SplitConfig):
+    """All chosen tokens become the mask token, unless the recipe says otherwise."""
+
+    mask: ScheduledFraction = Scheduled(start=1.0)
+    random: ScheduledFraction = Scheduled(start=0.0)
+
+
+class GeneratorMaskingConfig(MaskingConfig):
+    """Masking for the generator."""
+
+    split: GeneratorSplitConfig = GeneratorSplitConfig()
+
+
 class RTDConfig(Config):
     """Keys of ``objectives.rtd``."""
 
-    masking: MaskingConfig = MaskingConfig(split=SplitConfig(mask=Scheduled(start=1.0), random=Scheduled(start=0.0)))
+    masking: GeneratorMaskingConfig = GeneratorMaskingConfig()
     generator: GeneratorConfig = GeneratorConfig()
     discriminator_weight: float = Field(50.0, gt=0)
     """λ: weight of the discriminator's loss beside the generator's."""

@@ -1,6 +1,7 @@
 """From a recipe to everything a run needs. Whatever is wrong with the input comes out here, before any process
 group."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
         UserError: for anything in the recipe, the store or the checkpoint that cannot work.
     """
     store, heldout = _open_stores(recipe)
-    tokenizer = load_tokenizer(Path(recipe.data.store) / "tokenizer")
+    tokenizer = _load_own_tokenizer(Path(recipe.data.store) / "tokenizer", store)
     vocabulary = Vocabulary.of(tokenizer)
     sampler = build_sampler(recipe.sampler, list(recipe.objective_configs), recipe.seed, recipe.source)
     torch.manual_seed(recipe.seed)
@@ -118,6 +119,17 @@ def _open_stores(recipe: Recipe) -> tuple[Store, Store | None]:
     heldout = folder / "heldout"
     stores = Store(folder / "train"), Store(heldout) if heldout.is_dir() else None
     return stores[0], stores[1] if stores[1] is not None and len(stores[1]) else None
+
+
+def _load_own_tokenizer(folder: Path, store: Store) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that the store was made with; another would give the ids another meaning."""
+    if not folder.is_dir():
+        raise UserError(f"data.store: no folder '{folder}'; prepare the corpus again")
+    expected = store.meta.get("tokenizer", {}).get("sha256")
+    file = folder / "tokenizer.json"
+    if expected and (not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected):
+        raise UserError(f"data.store: {file} is not the tokenizer the store was made with; prepare the corpus again")
+    return load_tokenizer(folder)
 
 
 def _row_length(recipe: Recipe, longest: int, model: MultiObjectiveModel) -> int:

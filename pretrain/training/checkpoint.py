@@ -8,6 +8,7 @@ manifest that verifies does not count.
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def verify(folder: Path) -> dict:
         files = manifest["files"].items()
     except FileNotFoundError:
         raise UserError(f"{folder}: not a checkpoint: no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / MANIFEST}: damaged ({error})") from None
     for name, expected in files:
         path = folder / name
@@ -76,9 +77,12 @@ def verify(folder: Path) -> dict:
 
 def candidates(run: Path) -> list[Path]:
     """Return the run's checkpoint folders, newest first, verified or not."""
-    return sorted(
-        (p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.suffix != _PARTIAL), reverse=True
-    )
+    found = (p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest(run: Path, warn=print) -> Path | None:
@@ -93,10 +97,12 @@ def newest(run: Path, warn=print) -> Path | None:
 
 
 def set_aside(run: Path, after: int) -> None:
-    """Rename the checkpoints of later steps than ``after``, from which the run has just gone on: they belong to a history
-    that is being replaced, or are damaged, and must not be taken for the newest again."""
+    """Rename the checkpoints of later steps than ``after``, from which the run has just gone on.
+
+    They belong to a history that is being replaced, or are damaged, and must not be taken for the newest again.
+    """
     for folder in candidates(run):
-        if folder > folder_of(run, after):
+        if _step_of(folder) > after:
             target = folder.with_name(_ASIDE + folder.name)
             shutil.rmtree(target, ignore_errors=True)
             folder.rename(target)

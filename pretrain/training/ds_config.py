@@ -85,7 +85,7 @@ _REFUSED = {
 _NOT_EXACT = "it changes the numbers; delete the key"
 _ZERO_REFUSED = {
     "cpu_offload": "it is deprecated; write offload_optimizer: {device: cpu}",
-    "elastic_checkpoint": "checkpoints are Medley's own and fit every world size; delete the key",
+    "elastic_checkpoint": "checkpoints are Medley's own; delete the key",
     "ignore_unused_parameters": "idle objectives need it true, which is the default; delete the key",
     "mics_shard_size": _REMOVED,
     "offload_param": "parameter offload is not tested here; use stage 3 with offload_optimizer",

@@ -121,10 +121,12 @@ def read_metrics(run: Path) -> list[dict]:
     """Return the records of a run, oldest first; a line that a crash cut short is left out."""
     records = []
     path = run / METRICS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            int(record["step"])
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
             print(f"warning: {path}: passing over a broken line", file=sys.stderr)
     return records
 

@@ -1,11 +1,13 @@
 """A training run from the command line: read, check, build, train. What ``launch/train.py`` calls."""
 
 import argparse
+import fcntl
 import json
 import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    stop = StopRequest().install()
+    stop, lock = StopRequest().install(), None
     try:
         recipe = load_recipe(args.config, args.overrides)
         world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -79,7 +81,7 @@ def _run(args: argparse.Namespace) -> None:
             parts = build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
             start = _starting_point(recipe, args.resume, rank) if not args.dry_run else None
             if rank == 0 and not args.dry_run:
-                _make_folder(recipe)
+                lock = _make_folder(recipe)
         init_distributed(args.timeout)
         engine = _engine(parts, ds_config)
         if args.dry_run:
@@ -90,6 +92,8 @@ def _run(args: argparse.Namespace) -> None:
             _train(parts, engine, stop, start, ds_config)
     finally:
         stop.remove()
+        if lock is not None:
+            lock.close()
 
 
 def _ds_config(recipe: Recipe, path: str, world_size: int) -> dict:
@@ -142,6 +146,8 @@ def _train(parts: Parts, engine: Engine, stop: StopRequest, start: Path | None, 
         trainer.train()
         if trainer.stopping and trainer.step < recipe.training.steps:
             trainer.log.say(f"stopped on request after step {trainer.step}; the same command goes on from there")
+        elif trainer.step > recipe.training.steps:
+            trainer.log.say(f"nothing to do: the run has {trainer.step} steps already (training.steps)")
         elif trainer.skipped:
             trainer.log.say(f"done; {trainer.skipped} steps were skipped because their loss or gradient was not finite")
         else:
@@ -194,11 +200,16 @@ def _architecture(recipe: Recipe) -> dict:
     return recipe.model.model_dump(exclude={"attention", "activation_checkpointing"})
 
 
-def _make_folder(recipe: Recipe) -> None:
+def _make_folder(recipe: Recipe) -> TextIO:
+    """Make the run's folder and return its lock, which is held until the file is closed or the process ends."""
     run = Path(recipe.run)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").touch()
+        lock = open(run / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise UserError(f"run: another training is writing to '{run}'; wait for it or choose another folder") from None
     except OSError as error:
         raise UserError(f"run: cannot write to '{run}': {error.strerror}") from None
 

@@ -142,3 +142,9 @@ def test_draws_change_with_the_visit_and_not_with_the_layout():
     swapped = model.objectives["rtd"].corrupt(padded(samples[::-1], ids=[1, 0]), 0.0)
     batch = swapped.batch
     assert torch.equal(swapped.noise.flatten()[places_of(batch, 1)], first.noise[0])
+
+
+@pytest.mark.parametrize("masking", [{}, {"rate": 0.2}, {"split": {"random": 0.0}}])
+def test_the_generator_sees_only_mask_tokens_unless_the_recipe_says_otherwise(masking):
+    split = rtd.RTDConfig.model_validate({"masking": masking}).masking.split
+    assert (split.mask.at(0.5), split.random.at(0.5)) == (1.0, 0.0)

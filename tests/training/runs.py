@@ -72,12 +72,22 @@ def train(document: dict, *arguments: str, ds: str | Path = "zero2.json") -> tup
     path = Path(document["run"]).with_suffix(f".rank{os.environ.get('RANK', 0)}.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(document, sort_keys=False))
+    if ds == "zero3.json":
+        ds = _partitioning_everything(path.with_suffix(".ds.json"))
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), torch.enable_grad():
         code = main(["--ds_config", str(DS / ds), "--config", str(path), "--timeout", "60", *arguments])
     return code, out.getvalue(), err.getvalue()
+
+
+def _partitioning_everything(path: Path) -> Path:
+    """Write stage 3's configuration without the threshold under which small parameters stay whole on every rank."""
+    config = json.loads((DS / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path.write_text(json.dumps(config))
+    return path
 
 
 def metrics(run: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """Every mistake of a user's is one line on standard error and exit code 2, before any process group."""
 
+import fcntl
 import json
 import shutil
 
@@ -65,12 +66,13 @@ def refused(document, *arguments, ds="zero2.json") -> str:
         ({"data__row_length": 16}, ["data.row_length", "16"]),
         ({"log__trackers": ["wandb"]}, ["log.trackers", "pip install wandb"]),
         ({"seed": -1}, ["seed"]),
+        ({"training__steps": True}, ["training.steps", "must be a number"]),
         ({"training__optimizer__betas": [0.9, 1.0]}, ["training.optimizer.betas.1", "less than 1"]),
     ],
 )
 def test_a_wrong_recipe_is_refused_naming_key_and_remedy(corpus, tmp_path, changes, words):
     line = refused(recipe(corpus, tmp_path / "run", **changes))
-    assert all(word in line for word in ["run.rank0.yaml", *words]), line
+    assert all(word in line for word in [".rank0.yaml", *words]), line
     assert not (tmp_path / "run").exists()
 
 
@@ -124,6 +126,21 @@ def test_a_store_without_its_tokenizer_is_refused(corpus, tmp_path):
     shutil.copytree(corpus, store)
     shutil.rmtree(store / "tokenizer")
     assert "tokenizer" in refused(recipe(store, tmp_path / "run"))
+
+
+def test_another_tokenizer_in_the_stores_place_is_refused(corpus, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(corpus, store)
+    meta = json.loads((store / "train" / "meta.json").read_text())
+    (store / "train" / "meta.json").write_text(json.dumps(meta | {"tokenizer": {"sha256": "0" * 64}}))
+    assert "not the tokenizer the store was made with" in refused(recipe(store, tmp_path / "run"))
+
+
+def test_a_folder_that_another_training_is_writing_to_is_refused(corpus, tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another training" in refused(recipe(corpus, tmp_path / "run"))
 
 
 def test_a_corpus_shorter_than_one_batch_is_refused_with_numbers(tmp_path):

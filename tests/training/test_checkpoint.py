@@ -1,6 +1,7 @@
 """A checkpoint is whole and verified, or it does not count."""
 
 import json
+import shutil
 
 import pytest
 
@@ -39,6 +40,7 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path):
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text('{"step": 9, "fi'), "damaged"),
         (lambda folder: (folder / "manifest.json").write_text("{}"), "damaged"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "damaged"),
     ],
 )
 def test_any_damage_is_named_and_the_one_before_is_taken(tmp_path, damage, word):
@@ -71,3 +73,19 @@ def test_publishing_the_same_step_again_replaces_it(tmp_path):
     assert (folder / "engine" / "states").read_bytes() == b"other"
     assert json.loads((folder / "manifest.json").read_text())["files"]["engine/states"]["bytes"] == 5
     checkpoint.verify(folder)
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_no_checkpoint(tmp_path):
+    folder = write(tmp_path, 5)
+    shutil.copytree(folder, folder.with_name("step-00000009.bak"))
+    shutil.copytree(folder, folder.with_name("step-9"))
+    assert checkpoint.candidates(tmp_path) == [folder]
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(tmp_path):
+    older, newer = write(tmp_path, 5), write(tmp_path, 9)
+    checkpoint.set_aside(tmp_path, after=5)
+    assert checkpoint.newest(tmp_path) == older
+    assert not newer.exists() and (tmp_path / "checkpoints" / "abandoned-step-00000009" / "manifest.json").is_file()
+    checkpoint.prune(tmp_path, keep=1)
+    assert checkpoint.newest(tmp_path) == older

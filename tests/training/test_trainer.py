@@ -280,3 +280,42 @@ def test_dry_run_prints_what_the_run_takes_and_leaves_nothing(corpus, tmp_path):
     for word in ("parameters", "head/vocabulary", "peak memory", "512 tokens", "4 micro-steps"):
         assert word in out
     assert not (tmp_path / "run").exists()
+
+
+def test_going_on_from_an_older_checkpoint_replaces_the_history_after_it(corpus, whole_run, tmp_path, ranks):
+    run = _copy(whole_run, tmp_path / "run")
+    older = str(run / "checkpoints" / "step-00000003")
+    document = recipe(corpus, run, training__steps=4, checkpoint__keep=1)
+    assert [code for code, _, _ in ranks(_train_from, document, older)] == [0, 0]
+    assert [folder.name for folder in (run / "checkpoints").glob("step-*")] == ["step-00000004"]
+    assert [entry["step"] for entry in metrics(run)] == [1, 2, 3, 4]
+
+
+def _train_from(document, checkpoint):
+    return train(document, "--resume", checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"training__optimizer": {"name": "muon", "learning_rate": 0.003}}, "training.optimizer.name"),
+        ({"sampler": {"name": "uniform"}}, "sampler"),
+        ({"seed": 4}, "seed"),
+        ({"objectives__mlm": {"masking": {"rate": 0.4}}}, "objectives"),
+        ({"data__row_length": 96}, "data.row_length"),
+    ],
+)
+def test_another_recipe_is_not_trained_on_a_runs_checkpoint_nor_written_over_its_own(
+    corpus, whole_run, tmp_path, ranks, changes, word
+):
+    run = _copy(whole_run, tmp_path / "run")
+    before = (run / "config.yaml").read_text()
+    outcomes = ranks(train, recipe(corpus, run, **changes))
+    assert [code for code, _, _ in outcomes] == [2, 2], outcomes
+    assert word in outcomes[0][2] and len(outcomes[0][2].splitlines()) == 1
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_another_world_size_is_refused_for_now(corpus, whole_run, tmp_path):
+    code, _, err = train(recipe(corpus, _copy(whole_run, tmp_path / "run")))
+    assert code == 2 and "world_size 2" in err and "not supported yet" in err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
-from pretrain.training.schedule import ScheduleConfig
+from pretrain.schedule import ScheduleConfig
 
 STEPS = 101
 
