@@ -1,10 +1,17 @@
 """Fixtures shared by all tests."""
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.distributed import RankPool
+
+
+def pytest_configure() -> None:
+    """Take SIGINT back where the suite was started in the background, so that tests of Ctrl-C mean the same there."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ Everything is therefore named here: what may be set, what is refused, and for wh
 """
 
 import json
+import math
 from pathlib import Path
 
 from pretrain.errors import UserError, unknown
@@ -190,6 +191,9 @@ def _check_keys(path: Path, section: str, values: dict, allowed: dict, refused: 
             wanted = "a number" if float in types else _TYPE_NAMES[types[0]]
             wanted += ' or "auto"' if key in _BATCH_KEYS else ""
             raise UserError(f"{path}: {prefix}{key}: must be {wanted}, not {json.dumps(value)}")
+        least = 1 if key.endswith("_size") else 0
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+            raise UserError(f"{path}: {prefix}{key}: must be a number of at least {least}, not {json.dumps(value)}")
 
 
 def _batch_numbers(path: Path, micro_batch_rows: int, batch_rows: int, world_size: int) -> dict:

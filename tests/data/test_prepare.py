@@ -331,7 +331,10 @@ def test_a_run_that_is_stopped_leaves_nothing_or_what_the_next_run_removes(corpo
     )  # fmt: skip
     assert process.stdout.readline() == "going\n"
     process.send_signal(sign)
-    _, errors = process.communicate(timeout=60)  # the workers hold its pipes: so they have ended as well
+    try:
+        _, errors = process.communicate(timeout=60)  # the workers hold its pipes: so they have ended as well
+    finally:
+        process.kill()
     assert process.returncode == code
     left = {path.name for path in tmp_path.iterdir()} - {"run.py"}
     if sign == signal.SIGKILL:
