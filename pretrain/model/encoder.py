@@ -292,13 +292,19 @@ def build_encoder(model: ModelConfig, config, *, device_type: str, dtype: torch.
     return Encoder(pretrained, attention=attention, activation_checkpointing=model.activation_checkpointing)
 
 
+def _flash_fits(config) -> bool:
+    """Whether flash attention has a kernel for the heads of a config and for this machine's GPU."""
+    heads = getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    modern = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+    return modern and 0 < size <= 256 and size % 8 == 0
+
+
 def _attention(model: ModelConfig, config, device_type: str, dtype: torch.dtype) -> str:
     dropout = max(
         float(getattr(config, n, 0) or 0) for n in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
     )
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    possible = device_type == "cuda" and dtype == torch.bfloat16 and dropout == 0 and head_size % 8 == 0
-    possible = possible and head_size <= 256 and torch.cuda.get_device_capability() >= (8, 0)
+    possible = device_type == "cuda" and dtype == torch.bfloat16 and dropout == 0 and _flash_fits(config)
     if model.attention == "auto":
         return "varlen" if possible else "blocks"
     if model.attention == "varlen" and not possible:
