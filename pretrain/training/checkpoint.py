@@ -12,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
+from pretrain.data.output import sync
 from pretrain.errors import UserError
 
 MANIFEST, LATEST, _PARTIAL, _ASIDE = "manifest.json", "latest", ".partial", "abandoned-"
@@ -37,17 +38,17 @@ def publish(run: Path, step: int, facts: dict) -> Path:
     files = {str(p.relative_to(partial)): _describe(p) for p in sorted(partial.rglob("*")) if p.is_file()}
     _write(partial / MANIFEST, json.dumps({"step": step, **facts, "files": files}, indent=2) + "\n")
     for path in [partial, *partial.rglob("*")]:
-        _sync(path)
+        sync(path)
     replaced = final.with_suffix(f".old{_PARTIAL}")
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
-    _sync(final.parent)
+    sync(final.parent)
     pointer = final.parent / f"{LATEST}.new"
     _write(pointer, final.name + "\n")
     pointer.replace(final.parent / LATEST)
-    _sync(final.parent)
+    sync(final.parent)
     return final
 
 
@@ -130,11 +131,3 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -45,6 +45,16 @@ _ZERO = {
 _OFFLOAD_OPTIMIZER = {"device": str, "pin_memory": bool}
 _BF16 = {"enabled": bool, "check_grad_overflow": bool}
 _DATA_TYPES = {"grad_accum_dtype": str}
+_COMMS_LOGGER = {**dict.fromkeys(("enabled", "verbose", "prof_all", "debug"), bool), "prof_ops": list}
+_FLOPS_PROFILER = {
+    "enabled": bool,
+    "recompute_fwd_factor": (int, float),
+    "profile_step": int,
+    "module_depth": int,
+    "top_modules": int,
+    "detailed": bool,
+    "output_file": str,
+}
 
 # What DeepSpeed knows, or once knew, and Medley refuses: key → the reason and the remedy.
 _REMOVED = "DeepSpeed 0.19.8 removed it; delete the section"
@@ -103,7 +113,13 @@ _BF16_REFUSED = {
     "bf16_optimizer_states": "small updates are lost without fp32 optimizer states; delete the key",
     "immediate_grad_update": "it belongs to BF16_Optimizer (stage 1), which is refused; delete the key",
 }
-_TYPE_NAMES = {bool: "true or false", int: "a whole number", dict: "a section {…}", str: "a string"}
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    dict: "a section {…}",
+    list: "a list […]",
+    str: "a string",
+}
 
 
 def resolve_ds_config(
@@ -134,6 +150,8 @@ def resolve_ds_config(
         given = config.get(key, "auto")
         if given != "auto" and given != value:
             raise UserError(f'{path}: {key}: {given}, but the recipe\'s {recipe_key} gives {value}; write "auto"')
+    _check_keys(path, "comms_logger", config.get("comms_logger", {}), _COMMS_LOGGER, {})
+    _check_keys(path, "flops_profiler", config.get("flops_profiler", {}), _FLOPS_PROFILER, {})
     zero = _zero_section(path, config.get("zero_optimization", {}))
     bf16 = _bf16_section(path, config, zero["stage"])
     for key, needed in (
@@ -191,7 +209,7 @@ def _check_keys(path: Path, section: str, values: dict, allowed: dict, refused: 
             wanted = "a number" if float in types else _TYPE_NAMES[types[0]]
             wanted += ' or "auto"' if key in _BATCH_KEYS else ""
             raise UserError(f"{path}: {prefix}{key}: must be {wanted}, not {json.dumps(value)}")
-        least = 1 if key.endswith("_size") else 0
+        least = 1 if key.endswith("_size") else -1 if key == "module_depth" else 0
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
             raise UserError(f"{path}: {prefix}{key}: must be a number of at least {least}, not {json.dumps(value)}")
 

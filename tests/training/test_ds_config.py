@@ -127,6 +127,8 @@ BF16 = {"bf16": {"enabled": True}}
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["mics_shard_size", "removed"]),
         ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, ["changes the numbers"]),
         ({"managed_gradient_accumulation": True}, ["managed_gradient_accumulation", "must be false"]),
+        ({"flops_profiler": {"enabled": "x"}}, ["flops_profiler.enabled", "true or false"]),
+        ({"comms_logger": {"enabld": True}}, ["comms_logger", "did you mean 'enabled'"]),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, ["reduce_bucket_size", "at least 1"]),
         ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": NaN}}', ["reduce_bucket_size", "at least 1"]),
     ],
