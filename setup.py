@@ -1,4 +1,4 @@
-"""Packaging of Medley: the library ``pretrain`` and the command ``medley``."""
+"""Packaging of Medley: the libraries ``pretrain`` and ``fused_objectives``, and the command ``medley``."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["pretrain", "pretrain.*"]),
+    packages=["fused_objectives", *find_packages(include=["pretrain", "pretrain.*"])],
+    package_dir={"fused_objectives": "kernels/fused_objectives"},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",
@@ -32,8 +33,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "triton>=3.6"],
-        "benchmarks": ["accelerate"],
+        "test": ["pytest", "ruff", "triton>=3.6", "liger-kernel>=0.8.5", "opacus>=1.6"],
+        "benchmarks": ["accelerate", "matplotlib", "liger-kernel>=0.8.5", "opacus>=1.6"],
         "track": ["wandb", "trackio"],
     },
     entry_points={"console_scripts": ["medley = pretrain.cli:main"]},

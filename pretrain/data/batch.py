@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from fused_objectives.philox import philox
 from pretrain.data.store import Store
-from pretrain.philox import philox
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from fused_objectives.philox import philox
 from pretrain.data.batch import Batch, collate
 from pretrain.data.order import shuffled
 from pretrain.data.packing import pack
 from pretrain.data.store import Store
 from pretrain.errors import UserError
-from pretrain.philox import philox
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from pretrain.philox import below, philox
+from fused_objectives.philox import below, philox
 
 _ROUNDS = 8
 

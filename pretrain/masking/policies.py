@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from pydantic import model_validator
 
+from fused_objectives.philox import below
 from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
 from pretrain.model.vocabulary import Vocabulary
-from pretrain.philox import below
 
 IGNORED = -100
 """Label of a place that is no target."""

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from transformers.activations import ACT2FN
 
+from fused_objectives.philox import uniform
 from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
@@ -16,7 +17,6 @@ from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
 from pretrain.model.generator import Generator, sample_tokens
 from pretrain.objectives.base import LabelledView, Objective, View, register
-from pretrain.philox import uniform
 
 
 class GeneratorConfig(Config):

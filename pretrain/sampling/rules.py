@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
+from fused_objectives.philox import philox, uniform
 from pretrain.config import Config
 from pretrain.errors import UserError, unknown
-from pretrain.philox import philox, uniform
 
 
 class SamplerConfig(Config):

@@ -2,7 +2,7 @@
 
 import torch
 
-from pretrain.philox import scalar_seed
+from fused_objectives.philox import scalar_seed
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
 

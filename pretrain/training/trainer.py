@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from fused_objectives.philox import scalar_seed
 from pretrain.data.batch import Batch
 from pretrain.errors import RunError
 from pretrain.objectives import View
-from pretrain.philox import scalar_seed
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
 from pretrain.training.flops import FlopCounter

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from fused_objectives.philox import philox
 from pretrain.data.batch import Batch, collate
-from pretrain.philox import philox
 from tests.builders import lay_out, padded, random_samples, write_store
 
 LENGTHS = [3, 1, 9, 2, 7, 12, 5]

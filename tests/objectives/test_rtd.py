@@ -2,10 +2,10 @@ import pytest
 import torch
 from transformers import ElectraForPreTraining
 
+from fused_objectives.philox import philox
 from pretrain.masking.policies import IGNORED
 from pretrain.model.attention import Layout
 from pretrain.objectives import rtd
-from pretrain.philox import philox
 from tests.builders import padded, places_of, random_samples
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
 

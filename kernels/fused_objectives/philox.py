@@ -10,6 +10,8 @@ import zlib
 
 import numpy as np
 
+from fused_objectives.backend import jit, tl
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -68,3 +70,17 @@ def scalar_seed(seed: int, stream: str, *counter: int) -> int:
 def uniforms(seed: int, stream: str, counter_0: np.ndarray, *counters) -> np.ndarray:
     """Return float64 uniforms in [0, 1), one for each element of ``counter_0``."""
     return uniform(philox(seed, stream, counter_0, *counters)[0])
+
+
+@jit
+def philox_words(seed, stream, position, sample, visit):
+    """The same four words within a kernel, as uint32, for the counter (position, sample id, visit).
+
+    Args:
+        seed: scalar; its low 32 bits are the first key word.
+        stream: scalar, :func:`stream_id` of the stream's name.
+        position, sample, visit: integer blocks of one shape; the low 32 bits of position and visit count.
+    """
+    key = (stream.to(tl.int64) << 32) | (seed.to(tl.int64) & 0xFFFFFFFF)
+    wide = sample.to(tl.int64)
+    return tl.philox(key, position.to(tl.int32), wide.to(tl.int32), (wide >> 32).to(tl.int32), visit.to(tl.int32))

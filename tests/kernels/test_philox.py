@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from pretrain import philox as module
-from pretrain.philox import below, philox, scalar_seed, stream_id, uniform, uniforms
+from fused_objectives import philox as module
+from fused_objectives.philox import below, philox, scalar_seed, stream_id, uniform, uniforms
 
 ONES = 0xFFFFFFFF
 # From kat_vectors of Random123: counter, key, result of philox4x32-10.
