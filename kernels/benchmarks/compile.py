@@ -19,6 +19,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -51,16 +52,17 @@ def load(op: str) -> ModuleType:
 def compile_all(jobs: int) -> list[dict]:
     """Compile all, ``jobs`` pieces at a time; return its rows. A crash of the compiler fails its own piece only."""
     forked = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(jobs, forked) as pool:
-        results = [pool.submit(compile_one, index) for index in range(len(_work))]
-    for index, result in enumerate(results):
-        if isinstance(result.exception(), BrokenProcessPool):  # this one crashed, or one beside it
+    rows = []
+    with suppress(BrokenProcessPool), ProcessPoolExecutor(jobs, forked) as pool:
+        for row in pool.map(compile_one, range(len(_work))):
+            rows.append(row)
+    for index in range(len(rows), len(_work)):  # none, unless something crashed
+        try:
             with ProcessPoolExecutor(1, forked) as pool:
-                results[index] = pool.submit(compile_one, index)
-    crashed = {"error": "the compiler crashed"}
-    return [
-        describe(index) | crashed if result.exception() else result.result() for index, result in enumerate(results)
-    ]
+                rows.append(pool.submit(compile_one, index).result())
+        except BrokenProcessPool:
+            rows.append(describe(index) | {"error": "the compiler crashed"})
+    return rows
 
 
 def describe(index: int) -> dict:
@@ -146,7 +148,7 @@ def main() -> int:
     failed = [row for row in rows if row["error"]]
     for row in failed:
         print(f"\n{row['op']}.{row['kernel']} ({row['constants']}) on sm_{row['arch']}: {row['error']}")
-    print(f"\n{len(rows)} compiled, {len(failed)} failed")
+    print(f"\n{len(failed)} of {len(rows)} failed")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
     return 1 if failed else 0
