@@ -6,7 +6,6 @@ Every op has both: the twin is the specification and the path of the CPU, the ke
 
 import os
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,14 @@ try:
     import triton.language as tl
 except ImportError:  # a CPU build of torch brings no Triton; the twins do without
     triton = None
-    tl = SimpleNamespace(constexpr=None)
+
+    class _Nothing:
+        """What kernels name in their annotations."""
+
+        def __getattr__(self, name: str) -> None:
+            return None
+
+    tl = _Nothing()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = ("auto", "triton", "torch")
