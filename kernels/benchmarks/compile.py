@@ -2,9 +2,9 @@
 
     python kernels/benchmarks/compile.py [op ...] [--arch 90 80] [--json FILE]
 
-Takes each Configuration of ``fused_objectives``, with pointers aligned to 16 bytes as torch allocates them, through
-Triton and the ptxas that ships with it. The exit code is 1 if a kernel does not compile, spills registers to memory, or
-wants more shared memory than a program can have.
+Takes each Configuration of ``fused_objectives`` through Triton and the ptxas that ships with it. Pointers are aligned
+to 16 bytes, as torch allocates them; an integer of type ``i32:16`` is a multiple of 16. The exit code is 1 if a kernel
+does not compile, spills registers to memory, or wants more shared memory than a program can have.
 """
 
 import argparse
@@ -68,11 +68,12 @@ def compile_all(jobs: int) -> list[dict]:
 def describe(index: int) -> dict:
     """Return the first columns of a piece of work's row."""
     op, (kernel, signature, constants, warps), arch = _work[index]
+    pointers = [kind[1:].partition(":")[0] for kind in signature.values() if kind.startswith("*")]
     return {
         "op": op,
         "kernel": kernel.__name__,
         "constants": " ".join(f"{name}={value}" for name, value in constants.items()),
-        "dtype": next((kind[1:] for kind in signature.values() if kind.startswith("*")), "-"),
+        "dtype": next((kind for kind in pointers if kind in ("bf16", "fp16")), pointers[0]),
         "warps": warps,
         "arch": arch,
     }
@@ -103,9 +104,12 @@ def resources(kernel, signature, constants, warps: int, arch: int) -> dict:
     if {*signature, *constants} != set(kernel.arg_names) or len(signature) + len(constants) != len(kernel.arg_names):
         odd = {*signature, *constants} ^ set(kernel.arg_names) or {*signature} & {*constants}
         raise ValueError(f"signature and constants do not make up the kernel's arguments: {', '.join(sorted(odd))}")
-    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(types.values()) if kind.startswith("*")}
-    source = ASTSource(kernel, types, dict(constants), aligned)
+    types, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        types[name], _, divisor = signature.get(name, "constexpr").partition(":")
+        if divisor or types[name].startswith("*"):
+            attributes[(place,)] = [["tt.divisibility", int(divisor or 16)]]
+    source = ASTSource(kernel, types, dict(constants), attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -41,7 +41,8 @@ def sum_per_sample(values: torch.Tensor, segments: torch.Tensor, samples: int, i
         return values.new_zeros(samples, dtype=torch.float32)
     if not uses_triton(impl, values):
         sums = values.new_zeros(samples + 1, dtype=torch.float32)
-        return sums.index_add(0, segments.long() + 1, values.float())[1:]
+        owner = torch.where(segments < 0, samples, segments).long()
+        return sums.index_add(0, owner, values.float())[:samples]
     sums = values.new_empty(samples, dtype=torch.float32)
     starts, ends = spans(segments, samples)
     span_sum_kernel[(samples,)](values, starts, ends, sums, values.stride(0), BLOCK=_BLOCK)

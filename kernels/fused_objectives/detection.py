@@ -1,0 +1,365 @@
+"""The loss of a discriminator that says of every token whether it was tampered with: replaced, swapped, inserted …"""
+
+from typing import NamedTuple
+
+import torch
+
+from fused_objectives.backend import Configuration, jit, tl, uses_triton
+from fused_objectives.segments import per_token as spread
+from fused_objectives.segments import sum_per_sample
+from fused_objectives.targets import IGNORED
+
+WIDEST = 2048
+"""Largest d of the kernels: a program holds whole rows, padded to a power of two, so that each is read once."""
+_ROWS = 4  # that a program holds at once
+_WARP = 256  # columns of theirs that one of its warps holds
+
+
+class Detection(NamedTuple):
+    """Binary cross-entropies of N tokens; only ``total`` is differentiable."""
+
+    total: torch.Tensor
+    """``[]`` float32: sum over tokens of sample weight · token weight · loss."""
+    sums: torch.Tensor
+    """``[S]`` float32: each sample's sum of token weight · loss."""
+    counts: torch.Tensor
+    """``[S]`` int64: each sample's number of labels that count."""
+    per_token: torch.Tensor
+    """``[N]`` float32: unweighted losses, 0 where ignored."""
+    logits: torch.Tensor
+    """``[N]`` float32, 0 where ignored; positive where the head says 1."""
+
+
+def detection_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    segments: torch.Tensor,
+    samples: int,
+    *,
+    bias: torch.Tensor | None = None,
+    sample_weights: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> Detection:
+    """Binary cross-entropy of a linear head on every token (ELECTRA, arXiv 2003.10555).
+
+    loss = max(z, 0) − z·label + log(1 + exp(−\\|z\\|)), z = hidden · weight + bias. Tokens with label
+    :data:`~fused_objectives.targets.IGNORED` or in no sample have no loss, and gradients of zero. ``total`` is
+    differentiable with respect to ``hidden``, ``weight`` and ``bias``, once.
+
+    All arithmetic is in float32. The forward pass reads ``hidden`` once, for the losses and the gradients of ``weight``
+    and ``bias`` alike; the backward pass writes the gradient of ``hidden``. So 2·N·d elements move and 6·N·d operations
+    are made; without gradients N·d and 2·N·d.
+
+    Args:
+        hidden: ``[N, d]`` floating.
+        weight: ``[d]`` floating.
+        labels: ``[N]`` int64, 0, 1 or IGNORED.
+        segments: ``[N]`` int64, which of S samples a token belongs to, −1 padding.
+        samples: S.
+        bias: ``[1]`` floating.
+        sample_weights: ``[S]`` floating, 1 if None.
+        token_weights: ``[N]`` floating, 1 if None.
+
+    Raises:
+        ValueError: if shapes disagree, or if the kernel is to run and d is above :data:`WIDEST`.
+    """
+    shapes = {
+        "weight": (weight, hidden.shape[1:]),
+        "labels": (labels, hidden.shape[:1]),
+        "segments": (segments, hidden.shape[:1]),
+        "bias": (bias, (1,)),
+        "sample_weights": (sample_weights, (samples,)),
+        "token_weights": (token_weights, hidden.shape[:1]),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if hidden.dim() != 2 or (tensor is not None and tensor.shape != shape):
+            raise ValueError(f"{name}: does not fit hidden {list(hidden.shape)} and {samples} samples")
+    gradients = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
+    )
+    results = _detection(
+        hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients, impl
+    )
+    return Detection(*results[: len(Detection._fields)])
+
+
+@torch.library.custom_op("fused_objectives::detection", mutates_args=())
+def _detection(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    segments: torch.Tensor,
+    samples: int,
+    sample_weights: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
+    gradients: bool,
+    impl: str,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    """Return the fields of :class:`Detection` and, with ``gradients`` (else empty), the gradients of ``total`` with
+    respect to the logits, ``[N]``, the weight, ``[d]``, and the bias, ``[1]``, all float32."""
+    run = _losses if uses_triton(impl, hidden) and hidden.numel() else _losses_torch
+    per_token, logits, *slopes = run(hidden, weight, bias, labels, segments, sample_weights, token_weights, gradients)
+    weighted = per_token if token_weights is None else per_token * token_weights.float()
+    sums = sum_per_sample(weighted, segments, samples, impl)
+    total = sums.sum() if sample_weights is None else (sums * sample_weights.float()).sum()
+    owner = torch.where(segments < 0, samples, segments)
+    counts = owner.new_zeros(samples + 1).index_add(0, owner, (labels != IGNORED).long())[:samples]
+    return total, sums, counts, per_token, logits, *slopes
+
+
+@_detection.register_fake
+def _(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients, impl):
+    def floats(*shape):
+        return hidden.new_empty(shape, dtype=torch.float32)
+
+    tokens, width = hidden.shape
+    slopes = (tokens, width, 1) if gradients else (0, 0, 0)
+    return floats(), floats(samples), labels.new_empty(samples), floats(tokens), floats(tokens), *map(floats, slopes)
+
+
+def _remember(ctx, inputs, output):
+    hidden, weight, bias = inputs[:3]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, *output[len(Detection._fields) :])
+    ctx.hidden_dtype, ctx.bias_dtype, ctx.impl = hidden.dtype, None if bias is None else bias.dtype, inputs[-1]
+
+
+def _backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 10
+    weight, slopes, weight_gradient, bias_gradient = ctx.saved_tensors
+    for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+    return (
+        _hidden_gradient(upstream, slopes, weight, ctx.hidden_dtype, ctx.impl) if for_hidden else None,
+        (upstream * weight_gradient).to(weight.dtype) if for_weight else None,
+        (upstream * bias_gradient).to(ctx.bias_dtype) if for_bias else None,
+        *(None,) * 7,
+    )
+
+
+_detection.register_autograd(_backward, setup_context=_remember)
+
+
+@torch.library.custom_op("fused_objectives::detection_hidden_gradient", mutates_args=())
+def _hidden_gradient(
+    upstream: torch.Tensor, slopes: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, impl: str
+) -> torch.Tensor:
+    """Return upstream · slopes ⊗ weight, ``[N, d]``."""
+    if not (uses_triton(impl, slopes) and len(slopes) and len(weight)):
+        return ((upstream * slopes)[:, None] * weight.float()).to(dtype)
+    tokens, width = len(slopes), len(weight)
+    gradient = slopes.new_empty(tokens, width, dtype=dtype)
+    columns = _columns(width)
+    detection_hidden_gradient_kernel[(-(-tokens // _ROWS),)](
+        upstream,
+        slopes,
+        weight.contiguous(),
+        gradient,
+        tokens,
+        width,
+        ROWS=_ROWS,
+        BLOCK_D=columns,
+        num_warps=columns // _WARP,
+    )
+    return gradient
+
+
+@_hidden_gradient.register_fake
+def _(upstream, slopes, weight, dtype, impl):
+    return slopes.new_empty(len(slopes), len(weight), dtype=dtype)
+
+
+def _losses_torch(hidden, weight, bias, labels, segments, sample_weights, token_weights, gradients):
+    """Return losses, logits and slopes as :func:`_losses` does, by plain torch."""
+    real = (labels != IGNORED) & (segments >= 0)
+    wide = torch.where(real[:, None], hidden, 0).float().contiguous()  # sums in the same order for all strides
+    logits = (wide * weight.float()).sum(1)
+    logits = torch.where(real, logits if bias is None else logits + bias.float(), 0)
+    signed = torch.where(labels == 1, -logits, logits)
+    per_token = torch.where(real, signed.clamp(min=0) + torch.log1p(torch.exp(-signed.abs())), 0)
+    if not gradients:
+        return per_token, logits, *(logits.new_empty(0) for _ in range(3))
+    slopes = torch.where(labels == 1, -torch.sigmoid(signed), torch.sigmoid(signed))
+    if sample_weights is not None:
+        slopes = slopes * spread(sample_weights.float(), segments)
+    if token_weights is not None:
+        slopes = slopes * token_weights.float()
+    slopes = torch.where(real, slopes, 0)
+    return per_token, logits, slopes, (slopes[:, None] * wide).sum(0), slopes.sum().view(1)
+
+
+def _losses(hidden, weight, bias, labels, segments, sample_weights, token_weights, gradients):
+    """Return losses and logits, ``[N]``; slopes (gradients with respect to the logits, ``[N]``), and the gradients of
+    weight, ``[d]``, and bias, ``[1]``, all three empty without ``gradients``."""
+    tokens, width = hidden.shape
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    columns = _columns(width)
+    programs = min(-(-tokens // _ROWS), _programs(columns, hidden.device))
+    per_token = hidden.new_empty(tokens, dtype=torch.float32)
+    logits = torch.empty_like(per_token)
+    slopes = per_token.new_empty(tokens if gradients else 0)
+    weight_parts = per_token.new_empty(programs if gradients else 0, width)
+    bias_parts = per_token.new_empty(programs if gradients else 0)
+    detection_kernel[(programs,)](
+        hidden,
+        weight.contiguous(),
+        bias,
+        labels.contiguous(),
+        segments.contiguous(),
+        None if sample_weights is None else sample_weights.contiguous(),
+        None if token_weights is None else token_weights.contiguous(),
+        per_token,
+        logits,
+        slopes,
+        weight_parts,
+        bias_parts,
+        tokens,
+        width,
+        hidden.stride(0),
+        GRADIENTS=gradients,
+        ROWS=_ROWS,
+        BLOCK_D=columns,
+        num_warps=columns // _WARP,
+    )
+    if not gradients:
+        return per_token, logits, slopes, slopes.clone(), slopes.clone()
+    return per_token, logits, slopes, weight_parts.sum(0), bias_parts.sum(0, keepdim=True)
+
+
+def _columns(width: int) -> int:
+    """Return how many columns a program holds."""
+    if width > WIDEST:
+        raise ValueError(f"hidden: width {width} is above {WIDEST}; use impl='torch'")
+    return max(256, 1 << (width - 1).bit_length())
+
+
+def _programs(columns: int, device: torch.device) -> int:
+    """Return how many programs share the rows: as many as a GPU's registers hold at once, a few in the interpreter."""
+    if device.type != "cuda":
+        return 3
+    warps = 24 if columns < WIDEST else 16
+    return torch.cuda.get_device_properties(device).multi_processor_count * warps * _WARP // columns
+
+
+@jit(do_not_specialize=["tokens"])
+def detection_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    labels_ptr,
+    segments_ptr,
+    sample_weights_ptr,
+    token_weights_ptr,
+    per_token_ptr,
+    logits_ptr,
+    slopes_ptr,
+    weight_parts_ptr,
+    bias_parts_ptr,
+    tokens,
+    width,
+    hidden_stride,
+    GRADIENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Tiles of whole rows in turn to the programs, each of which sums its part of the weight's gradient."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK_D)
+    within = columns < width
+    weight = tl.load(weight_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr).to(tl.float32)
+    weight_part = tl.zeros([BLOCK_D], tl.float32)
+    bias_part = tl.zeros([ROWS], tl.float32)
+    for first in range(program * ROWS, tokens, tl.num_programs(0) * ROWS):
+        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = rows < tokens
+        label = tl.load(labels_ptr + rows, mask=inside, other=-100)
+        segment = tl.load(segments_ptr + rows, mask=inside, other=-1)
+        real = (label != -100) & (segment >= 0)
+        places = rows[:, None] * hidden_stride + columns[None, :]
+        hidden = tl.load(hidden_ptr + places, mask=real[:, None] & within[None, :], other=0.0).to(tl.float32)
+        logit = tl.where(real, tl.sum(hidden * weight[None, :], 1) + bias, 0.0)
+        signed = tl.where(label == 1, -logit, logit)
+        small = tl.exp(-tl.abs(signed))
+        loss = tl.maximum(signed, 0.0) + _log1p(small)
+        tl.store(logits_ptr + rows, logit, mask=inside)
+        tl.store(per_token_ptr + rows, tl.where(real, loss, 0.0), mask=inside)
+        if GRADIENTS:
+            slope = tl.where(signed >= 0, 1.0, small) / (1.0 + small)
+            slope = tl.where(label == 1, -slope, slope)
+            if sample_weights_ptr is not None:
+                slope *= tl.load(sample_weights_ptr + segment, mask=real, other=0.0).to(tl.float32)
+            if token_weights_ptr is not None:
+                slope *= tl.load(token_weights_ptr + rows, mask=real, other=0.0).to(tl.float32)
+            slope = tl.where(real, slope, 0.0)
+            tl.store(slopes_ptr + rows, slope, mask=inside)
+            weight_part += tl.sum(slope[:, None] * hidden, 0)
+            bias_part += slope
+    if GRADIENTS:
+        tl.store(weight_parts_ptr + program.to(tl.int64) * width + columns, weight_part, mask=within)
+        tl.store(bias_parts_ptr + program, tl.sum(bias_part))
+
+
+@jit
+def _log1p(x):
+    """log(1 + x) for 0 ≤ x ≤ 1, accurate for small x too: what rounding 1 + x errs cancels (Goldberg 1991)."""
+    rounded = 1.0 + x
+    return tl.where(rounded == 1.0, x, tl.log(rounded) * (x / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
+
+
+@jit(do_not_specialize=["tokens"])
+def detection_hidden_gradient_kernel(
+    upstream_ptr,
+    slopes_ptr,
+    weight_ptr,
+    gradient_ptr,
+    tokens,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program a tile of whole rows."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    slopes = tl.load(slopes_ptr + rows, mask=rows < tokens, other=0.0) * tl.load(upstream_ptr)
+    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    places = rows[:, None] * width + columns[None, :]
+    gradient = (slopes[:, None] * weight[None, :]).to(gradient_ptr.dtype.element_ty)
+    tl.store(gradient_ptr + places, gradient, mask=(rows < tokens)[:, None] & (columns < width)[None, :])
+
+
+def _configurations():
+    weights = {"sample_weights_ptr": "*fp32", "token_weights_ptr": "*fp32"}
+    sizes = {"tokens": "i32", "width": "i32:16"}
+    for dtype in ("*bf16", "*fp32"):
+        for columns in (256, 512, 1024, WIDEST):
+            tile, warps = {"ROWS": _ROWS, "BLOCK_D": columns}, columns // _WARP
+            inputs = {"hidden_ptr": dtype, "weight_ptr": dtype, "bias_ptr": dtype}
+            inputs |= {"labels_ptr": "*i64", "segments_ptr": "*i64"} | weights
+            outputs = ("per_token_ptr", "logits_ptr", "slopes_ptr", "weight_parts_ptr", "bias_parts_ptr")
+            signature = inputs | dict.fromkeys(outputs, "*fp32") | sizes | {"hidden_stride": "i32:16"}
+            yield Configuration(detection_kernel, signature, {"GRADIENTS": True} | tile, warps)
+            if columns == 1024:  # the least that can be asked for
+                absent = dict.fromkeys(("bias_ptr", *weights))
+                signature = {name: kind for name, kind in signature.items() if name not in absent}
+                yield Configuration(detection_kernel, signature, absent | {"GRADIENTS": False} | tile, warps)
+            inputs = {"upstream_ptr": "*fp32", "slopes_ptr": "*fp32", "weight_ptr": dtype, "gradient_ptr": dtype}
+            yield Configuration(detection_hidden_gradient_kernel, inputs | sizes, tile, warps)
+
+
+CONFIGURATIONS = list(_configurations())
