@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("pretrain.evaluation.command", "fine-tune a model on an end task over several seeds"),
     "export": ("pretrain.export", "turn a checkpoint into a Hugging Face folder"),
     "report": ("pretrain.report", "print a run's table: losses at start and end, speed, end-task scores"),
+    "bench": ("pretrain.bench", "measure the fused ops against their floors and their peers"),
     "doctor": ("pretrain.doctor", "say what this machine has, what works, and how to mend what does not"),
 }
 
@@ -25,19 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"medley {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    for name, (module, text) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=text, description=text)
-        if name == chosen:  # importing only what runs keeps --help instant
-            command = importlib.import_module(module)
-            command.add_arguments(subparser)
-    args = parser.parse_args(argv)
     try:
-        command.run(args)
+        for name, (module, text) in COMMANDS.items():
+            subparser = subparsers.add_parser(name, help=text, description=text)
+            if name == chosen:  # importing only what runs keeps --help instant
+                command = importlib.import_module(module)
+                command.add_arguments(subparser)
+        command.run(parser.parse_args(argv))
     except UserError as error:
-        print(f"medley {args.command}: error: {error}", file=sys.stderr)
+        print(f"medley {chosen}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print(f"medley {args.command}: interrupted", file=sys.stderr)
+        print(f"medley {chosen}: interrupted", file=sys.stderr)
         return 130
     return 0
 

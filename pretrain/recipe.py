@@ -109,6 +109,9 @@ class Recipe(Config):
     heldout: HeldoutConfig = HeldoutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    impl: Literal["auto", "triton", "torch"] = "auto"
+    """What computes corruption and losses: Triton kernels or plain torch; the masks are the same bit for bit. ``auto``
+    takes the kernels on a GPU."""
 
     _objective_configs: dict[str, Config] = PrivateAttr()
     _source: str = PrivateAttr("recipe")

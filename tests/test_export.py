@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, ElectraForPreTraining
 
+from fused_objectives.targets import IGNORED
 from pretrain.errors import UserError
 from pretrain.export import export, load_model
-from pretrain.masking.policies import IGNORED
 from pretrain.model.attention import Layout
-from pretrain.model.generator import sample_tokens
 from pretrain.model.vocabulary import Vocabulary
 from pretrain.recipe import load_recipe
 from pretrain.training.build import build
@@ -102,15 +101,16 @@ def test_electra_exports_as_discriminator_generator_and_backbone(corpus, tmp_pat
     assert not info["missing_keys"] and not info["unexpected_keys"]
     generator = AutoModelForMaskedLM.from_pretrained(folders["generator"]).eval()
     discriminator.eval()
-    _, views = heldout_views(tmp_path / "run", "rtd")
+    training, views = heldout_views(tmp_path / "run", "rtd")
+    read = []  # what the discriminator reads: originals with the generator's samples
+    training.encoder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
     generator_loss, detection_loss, targets, places = 0.0, 0.0, 0, 0
     for view in views:
-        for tokens, original, labels, noise in rows_of(view, view.tokens, view.batch.tokens, view.labels, view.noise):
+        training.objectives["rtd"].loss(training, view)
+        for tokens, original, labels, replaced in rows_of(view, view.tokens, view.batch.tokens, view.labels, read[-1]):
             masked = labels[0] != IGNORED
             logits = generator(input_ids=tokens).logits[0][masked]
             generator_loss += F.cross_entropy(logits, labels[0][masked], reduction="sum").item()
-            replaced = original.clone()
-            replaced[0, masked] = sample_tokens(logits, noise[0][masked])
             detection = discriminator(input_ids=replaced).logits
             target = (replaced != original).float()
             detection_loss += F.binary_cross_entropy_with_logits(detection, target, reduction="sum").item()

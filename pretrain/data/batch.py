@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from fused_objectives.philox import philox
 from pretrain.data.store import Store
 
 
@@ -37,26 +36,10 @@ class Batch:
         """``[rows, length]`` bool: places that hold a token."""
         return self.segment_ids >= 0
 
-    def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """Spread ``values [S]`` over the places of each sample, ``[rows, length]``; padding gets the first sample's."""
-        if len(values) == 0:
-            return torch.zeros_like(self.tokens, dtype=values.dtype)
-        return values[self.segment_ids.clamp(min=0)]
-
     def sum_per_sample(self, values: torch.Tensor) -> torch.Tensor:
         """Add up ``values [rows, length]`` over the places of each sample, ``[S]``; padding is left out."""
         sums = values.new_zeros(len(self.sample_ids) + 1)
         return sums.index_add(0, self.segment_ids.reshape(-1) + 1, values.reshape(-1))[1:]
-
-    def random_words(self, seed: int, stream: str) -> tuple[torch.Tensor, ...]:
-        """Return four ``[rows, length]`` tensors of random 32-bit words: a function of (seed, stream, sample, visit,
-        position)."""
-        ids = self.per_token(self.sample_ids)
-        counters = self.position_ids, ids, ids >> 32, self.per_token(self.visits)
-        if ids.device.type == "cpu":  # numpy's loops take a third less time than torch's
-            words = philox(seed, stream, *(counter.numpy() for counter in counters))
-            return tuple(torch.from_numpy(word) for word in words)
-        return philox(seed, stream, *counters)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``."""

@@ -1,23 +1,16 @@
-"""Masking policies and the corruption they share.
+"""Masking: which tokens a recipe hides, and what becomes of them."""
 
-A policy says which tokens are chosen; :class:`Masker` then hides them. Both draw from one Philox call a token:
-word 0 chooses, word 1 decides between mask, random and keep, word 2 picks the random token.
-"""
-
-from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
+from fused_objectives.masking import Masked, mask_tokens
 from pydantic import model_validator
 
-from fused_objectives.philox import below
+from fused_objectives.targets import capacity_for
 from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
 from pretrain.model.vocabulary import Vocabulary
-
-IGNORED = -100
-"""Label of a place that is no target."""
 
 
 class SplitConfig(Config):
@@ -52,61 +45,53 @@ class MaskingConfig(Config):
         return self
 
 
-class MaskingPolicy(ABC):
-    """Chooses tokens to hide."""
-
-    @abstractmethod
-    def choose(self, batch: Batch, word: torch.Tensor, eligible: torch.Tensor, rate: float) -> torch.Tensor:
-        """Return which places are chosen.
-
-        Args:
-            batch: the rows.
-            word: ``[rows, length]`` random 32-bit words.
-            eligible: ``[rows, length]`` bool, places that hold ordinary tokens.
-            rate: expected fraction of them to choose.
-
-        Returns:
-            ``[rows, length]`` bool, within ``eligible``.
-        """
-
-
-class RandomPolicy(MaskingPolicy):
-    """Every eligible token alike, independently."""
-
-    def choose(self, batch: Batch, word: torch.Tensor, eligible: torch.Tensor, rate: float) -> torch.Tensor:
-        return eligible & (word < int(rate * 2**32))
-
-
-POLICIES: dict[str, type[MaskingPolicy]] = {"random": RandomPolicy}
-
-
 class Masker:
     """Applies a policy: the masked-language-model corruption of a batch, a function of (seed, stream, sample,
     visit)."""
 
-    def __init__(self, config: MaskingConfig, vocabulary: Vocabulary, seed: int, stream: str):
+    def __init__(self, config: MaskingConfig, vocabulary: Vocabulary, seed: int, stream: str, impl: str = "auto"):
         if vocabulary.mask_id is None and max(config.split.mask.values()) > 0:
             raise UserError(
                 "the store's tokenizer has no mask token; prepare the store with one that does, or set split.mask to 0"
             )
-        self.config, self.seed, self.stream = config, seed, stream
-        self.policy = POLICIES[config.policy]()
+        self.config, self.seed, self.stream, self.impl = config, seed, stream, impl
         self.mask_id = vocabulary.mask_id or 0
-        self.ordinary_ids = torch.from_numpy(vocabulary.ordinary_ids)
-        self.is_ordinary = torch.ones(vocabulary.size, dtype=torch.bool)
-        self.is_ordinary[torch.from_numpy(vocabulary.special_ids)] = False
+        self._tables = {torch.device("cpu"): _tables(vocabulary)}
 
-    def eligible(self, batch: Batch) -> torch.Tensor:
-        """Return ``[rows, length]`` bool: places with an ordinary token."""
-        return batch.real & self.is_ordinary.to(batch.tokens.device)[batch.tokens]
+    def __call__(self, batch: Batch, progress: float) -> Masked:
+        """Return corrupted tokens and labels (``IGNORED`` where not chosen), both ``[rows, length]`` int64."""
+        is_ordinary, ordinary_ids = self._on(batch.tokens.device)
+        return mask_tokens(
+            batch.tokens,
+            batch.segment_ids,
+            batch.position_ids,
+            batch.sample_ids,
+            batch.visits,
+            seed=self.seed,
+            stream=self.stream,
+            is_ordinary=is_ordinary,
+            ordinary_ids=ordinary_ids,
+            mask_id=self.mask_id,
+            rate=self.config.rate.at(progress),
+            mask_share=self.config.split.mask.at(progress),
+            random_share=self.config.split.random.at(progress),
+            impl=self.impl,
+        )
 
-    def __call__(self, batch: Batch, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return corrupted tokens and labels (:data:`IGNORED` where not chosen), both ``[rows, length]`` int64."""
-        choose, kind, replacement, _ = batch.random_words(self.seed, self.stream)
-        chosen = self.policy.choose(batch, choose, self.eligible(batch), self.config.rate.at(progress))
-        mask, random = self.config.split.mask.at(progress), self.config.split.random.at(progress)
-        to_mask, to_random = (kind < int(bound * 2**32) for bound in (mask, mask + random))
-        ordinary = self.ordinary_ids.to(batch.tokens.device)
-        tokens = torch.where(chosen & to_random, ordinary[below(replacement, len(ordinary))], batch.tokens)
-        tokens = torch.where(chosen & to_mask, self.mask_id, tokens)
-        return tokens, torch.where(chosen, batch.tokens, IGNORED)
+    def capacity(self, batch: Batch, progress: float) -> int | None:
+        """Return a number of targets that a call at ``progress`` does not exceed, known without asking the device; None
+        on the CPU, where asking costs nothing."""
+        return capacity_for(batch.tokens.numel(), self.config.rate.at(progress)) if batch.tokens.is_cuda else None
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the vocabulary's tables on a device; they travel once."""
+        if device not in self._tables:
+            self._tables[device] = tuple(table.to(device) for table in self._tables[torch.device("cpu")])
+        return self._tables[device]
+
+
+def _tables(vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which ids are ordinary, ``[V]`` bool, and the ordinary ids."""
+    is_ordinary = torch.ones(vocabulary.size, dtype=torch.bool)
+    is_ordinary[torch.from_numpy(vocabulary.special_ids)] = False
+    return is_ordinary, torch.from_numpy(vocabulary.ordinary_ids)

@@ -16,6 +16,7 @@ from pretrain.model.attention import NAME as PACKED_ATTENTION
 from pretrain.model.attention import Layout
 from pretrain.model.sizes import SIZES
 from pretrain.model.vocabulary import Vocabulary
+from pretrain.model.vocabulary_head import VocabularyHead
 
 _DROPOUTS = (
     "hidden_dropout_prob",
@@ -63,25 +64,6 @@ class ModelConfig(Config):
     def _without_what_the_checkpoint_decides(self, handler) -> dict[str, Any]:
         values = handler(self)
         return {k: v for k, v in values.items() if k not in _OF_THE_CHECKPOINT} if self.checkpoint else values
-
-
-class VocabularyHead(nn.Module):
-    """The Hugging Face model's own head, hidden states ``[..., hidden]`` → logits ``[..., vocabulary]``."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        children = {name: child for name, child in model.named_children() if child is not model.base_model}
-        if model.config.model_type == "distilbert":
-            children = {
-                name: children[name]
-                for name in ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector")
-            }
-        self.layers = nn.ModuleDict(children)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers.values():
-            hidden = layer(hidden)
-        return hidden
 
 
 class Encoder(nn.Module):

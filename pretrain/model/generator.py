@@ -2,13 +2,16 @@
 originals."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForMaskedLM
 
+from fused_objectives.targets import Targets
 from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
+from pretrain.model.projection import Score
 
 
 class Generator(nn.Module):
@@ -32,9 +35,10 @@ class Generator(nn.Module):
         )
         self.head = self.encoder.vocabulary_head()
 
-    def forward(self, tokens: torch.Tensor, layout: Layout, places: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[n, vocabulary]`` at ``places [n]`` of the flattened rows."""
-        return self.head(self.encoder(tokens, layout).flatten(0, 1)[places])
+    def forward(self, tokens: torch.Tensor, layout: Layout, targets: Targets, score: Score | None = None) -> Any:
+        """Return the logits ``[K, vocabulary]`` at the target places of the flattened rows, or what ``score`` makes of
+        the head's last layer."""
+        return self.head(targets.take(self.encoder(tokens, layout).flatten(0, 1)), score)
 
 
 def _scaled(config, depth: float, width: float):
@@ -52,18 +56,3 @@ def _scaled(config, depth: float, width: float):
         if hasattr(config, "embedding_size"):
             config.embedding_size = config.hidden_size
     return config
-
-
-def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw one token a row from ``softmax(logits [n, vocabulary])`` by inverting its cumulative sum at ``uniform
-    [n]`` in [0, 1).
-
-    One random number a place instead of one a vocabulary entry keeps the draw a function of (seed, sample, visit,
-    position). Returns ``[n]`` int64; a token of probability zero is never among them.
-    """
-    cumulative = logits.detach().float().softmax(-1).cumsum(-1)
-    total = cumulative[:, -1]
-    # Rounding may lift the threshold to the total, past the last token that has a probability.
-    threshold = torch.minimum(uniform.to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    drawn = torch.searchsorted(cumulative, threshold.unsqueeze(1), right=True).squeeze(1)
-    return drawn.clamp(max=logits.shape[-1] - 1)  # logits that are not finite must not become an index out of range

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from pretrain.model.encoder import Encoder
-from pretrain.objectives.base import Objective, View
+from pretrain.objectives.base import Objective, TermLoss, View
 
 BACKBONE = "backbone"
 
@@ -65,9 +65,8 @@ class MultiObjectiveModel(nn.Module):
         The loss is Σ over terms of scale × Σ over samples of weight × sum: added over all ranks and micro-steps it is
         the weighted mean over the step's global count.
         """
-        sums: dict[str, torch.Tensor] = {}
+        losses: dict[str, TermLoss] = {}
         for name, view in views.items():
-            sums |= self.objectives[name].loss(self, view)
-        weighted = (total if weights is None else total * weights for total in sums.values())
-        loss = sum(scales[term] * total.sum() for term, total in zip(sums, weighted, strict=True))
-        return loss, {term: total.detach() for term, total in sums.items()}
+            losses |= self.objectives[name].loss(self, view, weights)
+        loss = sum(scales[term] * term_loss.total for term, term_loss in losses.items())
+        return loss, {term: term_loss.sums for term, term_loss in losses.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -39,16 +39,27 @@ class LabelledView(View):
     """A view with a label for every place."""
 
     labels: torch.Tensor
-    """``[rows, length]`` int64, :data:`pretrain.masking.policies.IGNORED` where there is no target."""
+    """``[rows, length]`` int64, :data:`fused_objectives.targets.IGNORED` where there is no target."""
+    capacity: int | None = None
+    """On a GPU, a bound on the number of targets, so that the host need not wait for it; None: every place, there."""
+
+
+class TermLoss(NamedTuple):
+    """The loss of one term of an objective."""
+
+    total: torch.Tensor
+    """Scalar: Σ over samples of weight × sum; what the gradient is taken of."""
+    sums: torch.Tensor
+    """``[S]`` float32, detached: the sum of losses over each sample's targets, not weighted."""
 
 
 class Objective(ABC):
     """One objective: how a batch is corrupted, and the loss of every sample.
 
-    An objective has one or more *terms*, each a sum of losses and a count of targets for every sample. Nothing is
-    reduced
-    here: the mean over the step's global count, and the sum over terms with :attr:`terms` as weights, are taken in one
-    place for all (:class:`pretrain.model.multi_objective.MultiObjectiveModel`).
+    An objective has one or more *terms*, each a sum of losses and a count of targets for every sample. Of all factors
+    only the samples' weights enter here, because the fused ops form gradients in the forward pass. The mean over the
+    step's global count, and the sum over terms with :attr:`terms` as weights, are taken in one place for all
+    (:class:`pretrain.model.multi_objective.MultiObjectiveModel`).
     """
 
     name: ClassVar[str]
@@ -58,8 +69,8 @@ class Objective(ABC):
     needs_dropout: ClassVar[bool] = False
     """Whether the loss means nothing without dropout, so that dropout stays on when it is evaluated."""
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, seed: int):
-        self.config, self.vocabulary, self.seed = config, vocabulary, seed
+    def __init__(self, config: Config, vocabulary: Vocabulary, seed: int, impl: str = "auto"):
+        self.config, self.vocabulary, self.seed, self.impl = config, vocabulary, seed, impl
 
     @property
     def terms(self) -> dict[str, float]:
@@ -84,8 +95,10 @@ class Objective(ABC):
         in 0..1."""
 
     @abstractmethod
-    def loss(self, model: MultiObjectiveModel, view: View) -> dict[str, torch.Tensor]:
-        """Return term → ``[S]`` float32: the sum of losses over each sample's targets."""
+    def loss(
+        self, model: MultiObjectiveModel, view: View, weights: torch.Tensor | None = None
+    ) -> dict[str, TermLoss]:
+        """Return term → loss; ``weights [S]`` float32 are the samples', None means 1."""
 
 
 REGISTRY: dict[str, type[Objective]] = {}
@@ -109,6 +122,8 @@ def parse_objectives(values: dict, where: str) -> dict[str, Config]:
     return configs
 
 
-def build_objectives(configs: dict[str, Config], vocabulary: Vocabulary, seed: int) -> dict[str, Objective]:
-    """Build the objectives of a recipe, by name."""
-    return {name: REGISTRY[name](config, vocabulary, seed) for name, config in configs.items()}
+def build_objectives(
+    configs: dict[str, Config], vocabulary: Vocabulary, seed: int, impl: str = "auto"
+) -> dict[str, Objective]:
+    """Build the objectives of a recipe, by name; ``impl`` says which implementation their ops take."""
+    return {name: REGISTRY[name](config, vocabulary, seed, impl) for name, config in configs.items()}

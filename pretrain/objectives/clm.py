@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
+from fused_objectives.targets import IGNORED
 from pretrain.config import Config
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
-from pretrain.masking.policies import IGNORED
 from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
-from pretrain.objectives.base import LabelledView, Objective, View, register
-from pretrain.objectives.mlm import target_losses
+from pretrain.objectives.base import LabelledView, Objective, TermLoss, View, register
+from pretrain.objectives.losses import vocabulary_loss
 
 
 class CLMConfig(Config):
@@ -38,7 +38,7 @@ class CausalLanguageModelling(Objective):
         labels[:, :-1] = torch.where(same_sample, batch.tokens[:, 1:], IGNORED)
         return LabelledView(batch, batch.tokens, {self.name: (batch.lengths - 1).clamp(min=0)}, labels)
 
-    def loss(self, model, view) -> dict[str, torch.Tensor]:
+    def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
         layout = Layout(view.batch, causal=True, implementation=model.encoder.attention)
         hidden = model.encoder(view.tokens, layout)
-        return {self.name: target_losses(view.batch, view.labels, hidden, model.heads["vocabulary"])}
+        return {self.name: vocabulary_loss(model.heads["vocabulary"], hidden, view, weights, self.impl)}

@@ -13,7 +13,7 @@ from pretrain.data.batch import Batch
 from pretrain.errors import UserError
 from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
-from pretrain.objectives.base import Objective, View, register
+from pretrain.objectives.base import Objective, TermLoss, View, register
 
 
 class CSEConfig(Config):
@@ -81,7 +81,7 @@ class ContrastiveSentenceEmbeddings(Objective):
         candidates = itself | (same_group & ~twice)
         return GroupedView(batch, batch.tokens, {self.name: (candidates.sum(1) > 1).long()}, candidates)
 
-    def loss(self, model, view) -> dict[str, torch.Tensor]:
+    def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
         batch = view.batch
         samples, rows = len(batch.sample_ids), len(batch.tokens)
         both = replace(
@@ -100,7 +100,8 @@ class ContrastiveSentenceEmbeddings(Objective):
         with torch.autocast(first.device.type, enabled=False):  # the temperature magnifies what 16 bits would lose
             similarities = (first @ second.T / self.config.temperature).masked_fill(~view.candidates, -torch.inf)
         losses = similarities.logsumexp(1) - similarities.diagonal()
-        return {self.name: losses * view.counts[self.name]}
+        sums = losses * view.counts[self.name]
+        return {self.name: TermLoss((sums if weights is None else sums * weights).sum(), sums.detach())}
 
 
 def _pool(hidden: torch.Tensor, batch: Batch, pooling: str) -> torch.Tensor:

@@ -1,22 +1,25 @@
 """Replaced token detection (ELECTRA, arXiv 2003.10555): tell a generator's guesses from the original tokens."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from fused_objectives.detection import detection_loss
+from fused_objectives.generator_sampling import linear_cross_entropy_and_sample
+from fused_objectives.replacing import replace_tokens
 from pydantic import Field, model_validator
 from torch import nn
 from transformers.activations import ACT2FN
 
-from fused_objectives.philox import uniform
+from fused_objectives.targets import IGNORED, compact
 from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
-from pretrain.masking.policies import IGNORED, Masker, MaskingConfig, SplitConfig
+from pretrain.masking.policies import Masker, MaskingConfig, SplitConfig
 from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
-from pretrain.model.generator import Generator, sample_tokens
-from pretrain.objectives.base import LabelledView, Objective, View, register
+from pretrain.model.generator import Generator
+from pretrain.model.projection import Score, scored
+from pretrain.objectives.base import LabelledView, Objective, TermLoss, View, register
 
 
 class GeneratorConfig(Config):
@@ -67,17 +70,11 @@ class DetectionHead(nn.Module):
         self.activation = ACT2FN[activation]
         self.dense_prediction = nn.Linear(hidden_size, 1)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``[..., hidden]`` → logits ``[...]``; positive means replaced."""
-        return self.dense_prediction(self.activation(self.dense(hidden))).squeeze(-1)
-
-
-@dataclass(frozen=True)
-class ReplacementView(LabelledView):
-    """Masked tokens for the generator, and the noise that its samples are drawn with."""
-
-    noise: torch.Tensor
-    """``[rows, length]`` float64 in [0, 1)."""
+    def forward(self, hidden: torch.Tensor, score: Score | None = None) -> Any:
+        """Hidden states ``[..., hidden]`` → logits ``[..., 1]``, positive where replaced; or what ``score`` makes of
+        the last layer."""
+        with scored(self.dense_prediction, score):
+            return self.dense_prediction(self.activation(self.dense(hidden)))
 
 
 @register
@@ -88,9 +85,9 @@ class ReplacedTokenDetection(Objective):
     Config = RTDConfig
     heads = ("detection", "generator")
 
-    def __init__(self, config, vocabulary, seed):
-        super().__init__(config, vocabulary, seed)
-        self.masker = Masker(config.masking, vocabulary, seed, stream=self.name)
+    def __init__(self, config, vocabulary, seed, impl="auto"):
+        super().__init__(config, vocabulary, seed, impl)
+        self.masker = Masker(config.masking, vocabulary, seed, stream=self.name, impl=impl)
 
     @property
     def terms(self) -> dict[str, float]:
@@ -116,25 +113,58 @@ class ReplacedTokenDetection(Objective):
     def corrupt(self, batch: Batch, progress: float) -> View:
         tokens, labels = self.masker(batch, progress)
         counts = {"rtd/generator": batch.sum_per_sample((labels != IGNORED).long()), "rtd/discriminator": batch.lengths}
-        noise = uniform(batch.random_words(self.seed, "rtd/sample")[0])
-        return ReplacementView(batch, tokens, counts, labels, noise)
+        return LabelledView(batch, tokens, counts, labels, self.masker.capacity(batch, progress))
 
-    def loss(self, model, view) -> dict[str, torch.Tensor]:
+    def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
         batch, encoder = view.batch, model.encoder
-        segments = batch.segment_ids.reshape(-1)
         layout = Layout(batch, implementation=encoder.attention)
-        zeros = torch.zeros(len(batch.sample_ids), device=view.tokens.device)
+        generator_loss, sampled = self._generate(model.heads["generator"], view, layout, weights)
+        # A generator that hits the original leaves the label "original".
+        replaced = replace_tokens(batch.tokens, batch.segment_ids, *sampled, impl=self.impl)
+        hidden = encoder(replaced.tokens, layout)
+        discriminator_loss = self._detect(model.heads["detection"], hidden, replaced.labels, batch, weights)
+        return {"rtd/generator": generator_loss, "rtd/discriminator": discriminator_loss}
 
-        masked = (view.labels != IGNORED).reshape(-1).nonzero().squeeze(1)
-        logits = model.heads["generator"](view.tokens, layout, masked)
-        losses = F.cross_entropy(logits.float(), view.labels.reshape(-1)[masked], reduction="none")
-        generator_sums = zeros.index_add(0, segments[masked], losses)
+    def _generate(self, generator, view, layout, weights) -> tuple[TermLoss, tuple[torch.Tensor, torch.Tensor]]:
+        """Return the generator's loss, and its samples: each place's slot among them (−1 where none), the tokens."""
+        batch, labels = view.batch, view.labels.reshape(-1)
+        targets = compact(labels != IGNORED, view.capacity)
+        loss, tokens = generator(
+            view.tokens,
+            layout,
+            targets,
+            lambda features, weight, bias: linear_cross_entropy_and_sample(
+                features,
+                weight,
+                targets.take(labels, padding=IGNORED),
+                targets.take(batch.segment_ids.reshape(-1), padding=-1),
+                len(batch.sample_ids),
+                targets.take(batch.position_ids.reshape(-1)),
+                batch.sample_ids,
+                batch.visits,
+                seed=self.seed,
+                stream="rtd/sample",
+                bias=bias,
+                sample_weights=weights,
+                impl=self.impl,
+            ),
+        )
+        slots = targets.slots.view_as(batch.tokens)
+        return TermLoss(loss.total + targets.overflow, loss.sums), (slots, tokens)
 
-        replaced = batch.tokens.reshape(-1).clone()
-        replaced[masked] = sample_tokens(logits, view.noise.reshape(-1)[masked])
-        is_replaced = (replaced != batch.tokens.reshape(-1)).float()  # a generator that hits the original: "original"
-        hidden = encoder(replaced.view_as(batch.tokens), layout)
-        places = batch.real.reshape(-1).nonzero().squeeze(1)
-        detection = model.heads["detection"](hidden.flatten(0, 1)[places])
-        losses = F.binary_cross_entropy_with_logits(detection.float(), is_replaced[places], reduction="none")
-        return {"rtd/generator": generator_sums, "rtd/discriminator": zeros.index_add(0, segments[places], losses)}
+    def _detect(self, head, hidden, labels, batch, weights) -> TermLoss:
+        places = compact(batch.real.reshape(-1))
+        loss = head(
+            places.take(hidden.flatten(0, 1)),
+            lambda features, weight, bias: detection_loss(
+                features,
+                weight[0],
+                places.take(labels.reshape(-1), padding=IGNORED),
+                places.take(batch.segment_ids.reshape(-1), padding=-1),
+                len(batch.sample_ids),
+                bias=bias,
+                sample_weights=weights,
+                impl=self.impl,
+            ),
+        )
+        return TermLoss(loss.total, loss.sums)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fused_objectives.backend import why_no_triton
 from pretrain.data.loader import Loader
 from pretrain.data.store import Store
 from pretrain.data.tokenization import load_tokenizer
@@ -101,7 +102,10 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
 
 def build_model(recipe: Recipe, vocabulary: Vocabulary, config, *, dtype: torch.dtype) -> MultiObjectiveModel:
     """Build the model of a recipe around a Hugging Face ``config``, on the CPU in fp32."""
-    objectives = build_objectives(recipe.objective_configs, vocabulary, recipe.seed)
+    reason = why_no_triton(device_type()) if recipe.impl == "triton" else None
+    if reason:
+        raise UserError(f"impl: {reason}; set it to auto")
+    objectives = build_objectives(recipe.objective_configs, vocabulary, recipe.seed, recipe.impl)
     for name, objective in objectives.items():
         if recipe.training.micro_batch_rows % objective.rows_together:
             raise UserError(

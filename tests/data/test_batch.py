@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from fused_objectives.philox import philox
 from pretrain.data.batch import Batch, collate
 from tests.builders import lay_out, padded, random_samples, write_store
 
@@ -48,31 +47,6 @@ def test_sums_per_sample_leave_padding_out():
     expected = [values[batch.segment_ids == s].sum() for s in range(len(samples))]
     assert torch.allclose(batch.sum_per_sample(values), torch.stack(expected))
     assert torch.equal(batch.sum_per_sample(batch.real.long()), batch.lengths)
-    assert torch.equal(
-        batch.per_token(batch.lengths)[batch.real], torch.tensor(LENGTHS).repeat_interleave(batch.lengths)
-    )
-
-
-def test_random_words_are_a_function_of_seed_stream_sample_visit_and_position_alone():
-    samples = random_samples(LENGTHS)
-    ids, visits = [7, 2**33 + 7, 0, 5, 11, 12, 13], [0, 0, 3, 0, 0, 1, 2]
-    packed = lay_out([samples[:4], samples[4:]], row_length=40, ids=ids, visits=visits)
-    alone = padded(samples, ids=ids, visits=visits)
-    for one, other in zip(packed.random_words(3, "s"), alone.random_words(3, "s"), strict=True):
-        assert torch.equal(one[packed.real], other[alone.real])
-    words = packed.random_words(3, "s")[0]
-    assert words[0, 2] == philox(3, "s", 2, 7)[0]
-    start = int(packed.lengths[:2].sum())
-    assert words[0, start + 1] == philox(3, "s", 1, 0, 0, 3)[0]
-    drawn = words[packed.real]
-    assert len(drawn.unique()) == len(drawn)  # ids that differ above 32 bits, and visits, are told apart
-    assert not torch.equal(drawn, packed.random_words(4, "s")[0][packed.real])
-    assert not torch.equal(drawn, packed.random_words(3, "t")[0][packed.real])
-
-
-def test_random_words_of_an_empty_batch_have_its_shape():
-    batch = lay_out([[], []], row_length=5)
-    assert all(words.shape == (2, 5) for words in batch.random_words(0, "s"))
 
 
 def test_to_moves_every_field():

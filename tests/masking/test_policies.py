@@ -4,9 +4,10 @@ import torch
 from scipy import stats
 from transformers import DataCollatorForLanguageModeling
 
+from fused_objectives.targets import IGNORED
 from pretrain.config import parse
 from pretrain.errors import UserError
-from pretrain.masking.policies import IGNORED, Masker, MaskingConfig
+from pretrain.masking.policies import Masker, MaskingConfig
 from pretrain.model.vocabulary import Vocabulary
 from tests.builders import CLS, MASK, PAD, SEP, UNK, VOCABULARY, lay_out, padded, random_samples, word_tokenizer
 
@@ -32,6 +33,11 @@ def many(samples: int, length: int = 128):
     )
 
 
+def ordinary(batch) -> torch.Tensor:
+    """Return which places hold text."""
+    return batch.real & ~torch.isin(batch.tokens, torch.from_numpy(VOCABULARY.special_ids))
+
+
 def kinds(tokens: torch.Tensor, corrupted: torch.Tensor, chosen: torch.Tensor) -> np.ndarray:
     """Count the chosen tokens that became the mask, another token, or stayed; and those not chosen."""
     masked = chosen & (corrupted == MASK)
@@ -52,11 +58,9 @@ def test_statistics_are_those_of_transformers_collator():
     corrupted, labels = masker()(batch, 0.0)
     collator = DataCollatorForLanguageModeling(word_tokenizer(), seed=3)
     theirs = collator([{"input_ids": row} for row in batch.tokens.tolist()])
-    ordinary = ~torch.isin(batch.tokens, torch.tensor([PAD, CLS, SEP, MASK]))
-    total = int(ordinary.sum())
-    assert total > 10**6
+    assert ordinary(batch).sum() > 10**6
     # The collator lets the unknown word alone, which is text to us; count it out on both sides.
-    counted = ordinary & (batch.tokens != UNK)
+    counted = ordinary(batch) & (batch.tokens != UNK)
     ours = kinds(batch.tokens[counted], corrupted[counted], (labels != IGNORED)[counted])
     reference = kinds(batch.tokens[counted], theirs["input_ids"][counted], (theirs["labels"] != IGNORED)[counted])
     assert stats.chi2_contingency([ours, reference]).pvalue > 1e-4
@@ -108,7 +112,7 @@ def test_rates_at_the_ends_are_exact(rate, chosen):
     batch = many(307)
     split = {"mask": 1.0, "random": 0.0}
     corrupted, labels = masker(rate=rate, split=split)(batch, 0.0)
-    eligible = masker().eligible(batch)
+    eligible = ordinary(batch)
     assert torch.equal(labels != IGNORED, eligible if chosen else torch.zeros_like(eligible))
     assert torch.equal(corrupted == MASK, labels != IGNORED)
 
@@ -122,7 +126,7 @@ def test_rate_and_split_follow_their_schedules():
             "random": {"schedule": "cosine", "from": 0.0, "to": 0.5},
         },
     )
-    n = int(scheduled.eligible(batch).sum())
+    n = int(ordinary(batch).sum())
     for progress, rate, mask, random in ((0.0, 0.4, 0.7, 0.0), (0.5, 0.3, 0.5, 0.25), (1.0, 0.2, 0.5, 0.5)):
         corrupted, labels = scheduled(batch, progress)
         counts = kinds(batch.tokens, corrupted, labels != IGNORED)

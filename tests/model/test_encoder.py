@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -18,15 +19,21 @@ def build(model: ModelConfig, max_length: int = 64):
     return build_encoder(model, config, device_type="cpu", dtype=torch.float32)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("family", [*TINY, "albert", "camembert", "data2vec-text", "esm", "xlm-roberta", "qwen3"])
-def test_the_vocabulary_head_gives_the_logits_of_transformers_model(family):
+FAMILIES = [*TINY, "albert", "camembert", "data2vec-text", "esm", "xlm-roberta", "qwen3"]
+
+
+def small_encoder(family: str):
     if family in TINY:
-        encoder = tiny_encoder(family)
-    else:
-        keys = {**TINY["bert"], "num_key_value_heads": 2, "embedding_size": 24}
-        overrides = {key: value for key, value in keys.items() if hasattr(CONFIG_MAPPING[family](), key)}
-        encoder = build(ModelConfig(family=family, size=None, overrides=overrides, dropout=0.0)).eval()
+        return tiny_encoder(family)
+    keys = {**TINY["bert"], "num_key_value_heads": 2, "embedding_size": 24}
+    overrides = {key: value for key, value in keys.items() if hasattr(CONFIG_MAPPING[family](), key)}
+    return build(ModelConfig(family=family, size=None, overrides=overrides, dropout=0.0)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vocabulary_head_gives_the_logits_of_transformers_model(family):
+    encoder = small_encoder(family)
     batch = padded(SAMPLES)
     hidden = encoder(batch.tokens, Layout(batch, causal=encoder.causal_only))
     ours = encoder.vocabulary_head()(hidden).flatten(0, 1)
@@ -34,6 +41,35 @@ def test_the_vocabulary_head_gives_the_logits_of_transformers_model(family):
     for number, sample in enumerate(SAMPLES):
         theirs = encoder.pretrained(input_ids=torch.from_numpy(sample)[None]).logits[0]
         assert torch.allclose(ours[places_of(batch, number)], theirs, atol=5e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_score_in_the_projections_place_can_form_the_same_logits(family):
+    encoder = small_encoder(family)
+    head = encoder.vocabulary_head()
+    hidden = torch.randn(7, encoder.config.hidden_size)
+    logits = head(hidden)
+    scored = head(hidden, lambda features, weight, bias: (F.linear(features, weight, bias), weight))
+    torch.testing.assert_close(scored[0], logits)
+    assert (scored[1] is encoder.pretrained.get_output_embeddings().weight) == (family != "esm")
+    assert torch.equal(head(hidden), logits)  # the score is gone
+
+
+def test_a_score_that_fails_leaves_the_head_as_it_was():
+    encoder = tiny_encoder("bert")
+    head, hidden = encoder.vocabulary_head(), torch.randn(3, 32)
+    with pytest.raises(ZeroDivisionError):
+        head(hidden, lambda *_: 1 / 0)
+    assert head(hidden).shape == (3, VOCABULARY.size)
+
+
+def test_a_large_head_that_goes_on_behind_its_projection_is_refused():
+    overrides = {"hidden_size": 32, "embedding_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    overrides |= {"intra_bottleneck_size": 32, "vocab_size": 4099}
+    encoder = build(ModelConfig(family="mobilebert", size=None, overrides=overrides))
+    with pytest.raises(UserError, match=r"^model\.family: 'mobilebert' changes its logits behind the projection"):
+        encoder.vocabulary_head()
 
 
 def test_the_head_shares_its_parameters_with_the_model_and_is_tied_as_the_config_says():

@@ -8,9 +8,11 @@ from pretrain.objectives.base import build_objectives, parse_objectives
 from tests.builders import VOCABULARY, lay_out, random_samples, tiny_encoder
 
 
-def model_with(name: str, family: str = "bert", seed: int = 1, dropout: float = 0.1, **keys) -> MultiObjectiveModel:
+def model_with(
+    name: str, family: str = "bert", seed: int = 1, dropout: float = 0.1, impl: str = "auto", **keys
+) -> MultiObjectiveModel:
     """Return a model with one objective, configured by ``keys``, in evaluation mode (dropout is there, but off)."""
-    objectives = build_objectives(parse_objectives({name: keys}, "test"), VOCABULARY, seed)
+    objectives = build_objectives(parse_objectives({name: keys}, "test"), VOCABULARY, seed, impl)
     return MultiObjectiveModel(tiny_encoder(family, dropout=dropout), objectives).eval()
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pretrain.masking.policies import IGNORED
+from fused_objectives.targets import IGNORED
 from tests.builders import lay_out, random_samples
 from tests.objectives.builders import model_with
 
@@ -12,7 +12,7 @@ def test_the_loss_is_that_of_transformers_decoder_on_each_sample_alone(family):
     model = model_with("clm", family)
     samples = random_samples([9, 31, 1, 2, 24])
     view = model.objectives["clm"].corrupt(lay_out([samples[:2], samples[2:]], row_length=50), 0.0)
-    sums = model.objectives["clm"].loss(model, view)["clm"]
+    sums = model.objectives["clm"].loss(model, view)["clm"].sums
     assert view.counts["clm"].tolist() == [8, 30, 0, 1, 23]
     assert sums[2] == 0.0
     theirs = model.encoder.pretrained
@@ -48,10 +48,10 @@ def test_on_an_encoder_no_target_sees_itself():
     whole, apart = [], []
     for tokens in (sample, changed):
         view = objective.corrupt(lay_out([[tokens]]), 0.0)
-        whole.append(objective.loss(model, view)["clm"].item())
+        whole.append(objective.loss(model, view)["clm"].sums.item())
         view.labels[0, -2] = IGNORED
-        apart.append(objective.loss(model, view)["clm"].item())
+        apart.append(objective.loss(model, view)["clm"].sums.item())
     assert whole[0] != whole[1]
     assert apart[0] == pytest.approx(apart[1], rel=1e-6)
-    shorter = objective.loss(model, objective.corrupt(lay_out([[sample[:-1]]]), 0.0))["clm"].item()
+    shorter = objective.loss(model, objective.corrupt(lay_out([[sample[:-1]]]), 0.0))["clm"].sums.item()
     assert shorter == pytest.approx(apart[0], rel=1e-5)

@@ -63,11 +63,11 @@ def results(model: MultiObjectiveModel, batch) -> dict[tuple[str, int], tuple[fl
     """Return (term, sample id) → (sum of losses, number of targets)."""
     (objective,) = model.objectives.values()
     view = objective.corrupt(batch, 0.25)
-    sums = objective.loss(model, view)
+    losses = objective.loss(model, view)
     return {
         (term, int(sample)): (float(total), int(count))
-        for term in sums
-        for sample, total, count in zip(batch.sample_ids, sums[term], view.counts[term], strict=True)
+        for term in losses
+        for sample, total, count in zip(batch.sample_ids, losses[term].sums, view.counts[term], strict=True)
     }
 
 
@@ -80,17 +80,19 @@ def assert_same_results(ours: dict, theirs: dict) -> None:
 
 def test_terms_counts_and_sums_have_the_same_keys_and_one_number_a_sample(model, objective, name, whole):
     view = objective.corrupt(whole, 0.0)
-    sums = objective.loss(model, view)
-    assert set(objective.terms) == set(view.counts) == set(sums)
-    assert all(term.split("/")[0] == name for term in sums)
+    losses = objective.loss(model, view)
+    assert set(objective.terms) == set(view.counts) == set(losses)
+    assert all(term.split("/")[0] == name for term in losses)
     assert all(weight > 0 for weight in objective.terms.values())
-    for term, total in sums.items():
-        assert total.shape == view.counts[term].shape == whole.sample_ids.shape
-        assert total.dtype == torch.float32 and total.requires_grad
+    for term, (total, sums) in losses.items():
+        assert sums.shape == view.counts[term].shape == whole.sample_ids.shape
+        assert total.shape == () and total.requires_grad and not sums.requires_grad
+        assert total.dtype == sums.dtype == torch.float32
+        assert total.item() == pytest.approx(float(sums.sum()), rel=1e-5)
         assert view.counts[term].dtype == torch.int64
         assert (view.counts[term] >= 0).all() and view.counts[term].sum() > 0
-        assert total.isfinite().all() and (total >= 0).all() and total.sum() > 0
-        assert (total[view.counts[term] == 0] == 0).all()
+        assert sums.isfinite().all() and (sums >= 0).all() and sums.sum() > 0
+        assert (sums[view.counts[term] == 0] == 0).all()
 
 
 def test_a_batch_without_samples_has_loss_zero_and_zero_gradients(model, objective, name):
@@ -245,9 +247,9 @@ def test_sums_are_float32_under_autocast_and_with_16_bit_weights(name):
         model.bfloat16()
         narrow = model.objectives[name].loss(model, view)
         for term in exact:
-            for sums in (cast, narrow):
-                assert sums[term].dtype == torch.float32 and sums[term].isfinite().all()
-                assert float(sums[term].sum()) == pytest.approx(float(exact[term].sum()), rel=0.1)
+            for sums in (cast[term].sums, narrow[term].sums):
+                assert sums.dtype == torch.float32 and sums.isfinite().all()
+                assert float(sums.sum()) == pytest.approx(float(exact[term].sums.sum()), rel=0.1)
 
 
 def test_every_tiny_family_trains_on_every_objective_that_accepts_it(name):

@@ -1,26 +1,26 @@
+import numpy as np
 import pytest
 import torch
 from transformers import ElectraForPreTraining
 
-from fused_objectives.philox import philox
-from pretrain.masking.policies import IGNORED
+from fused_objectives.philox import philox, philox_of_key
+from fused_objectives.targets import IGNORED, compact
 from pretrain.model.attention import Layout
 from pretrain.objectives import rtd
-from tests.builders import padded, places_of, random_samples
+from tests.builders import padded, random_samples
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
 
 UNSHARED = {"generator": {"share_embeddings": False}}
 SCALES = {"rtd/generator": 0.0, "rtd/discriminator": 0.0}
 
 
-def draw(probabilities: torch.Tensor, noise: float) -> int:
-    """Invert a cumulative distribution by adding up, in Python."""
-    reached, total = 0.0, float(probabilities.sum())
-    for token, probability in enumerate(probabilities.tolist()):
-        reached += probability
-        if noise * total < reached:
-            return token
-    return len(probabilities) - 1
+def draw(logits: torch.Tensor, position: int, sample_id: int, visit: int) -> int:
+    """Add Gumbel noise to one place's logits and take the largest, in numpy's float64."""
+    key = philox(1, "rtd/sample", position, sample_id, 0, visit)[:2]
+    entries = np.arange(len(logits))
+    words = np.choose(entries % 4, philox_of_key(*key, entries // 4))
+    noise = -np.log(-np.log1p(-(words + 0.5) / 2**32))
+    return int((logits.double().numpy() + noise).argmax())
 
 
 def gradients(model, term: str, batch) -> dict[str, torch.Tensor | None]:
@@ -42,14 +42,12 @@ def test_the_discriminator_reads_the_generators_draws_at_masked_places_and_the_o
     model.objectives["rtd"].loss(model, view)
     expected = batch.tokens.clone()
     masked = view.labels != IGNORED
-    layout = Layout(batch)
-    logits = model.heads["generator"](view.tokens, layout, torch.arange(batch.tokens.numel()))
-    logits = logits.double().softmax(-1).view(*batch.tokens.shape, -1)
+    everywhere = compact(torch.ones(batch.tokens.numel(), dtype=torch.bool))
+    logits = model.heads["generator"](view.tokens, Layout(batch), everywhere).view(*batch.tokens.shape, -1)
     for row, column in masked.nonzero().tolist():
         sample = int(batch.segment_ids[row, column])
         identity = int(batch.sample_ids[sample]), int(batch.visits[sample])
-        word = philox(1, "rtd/sample", int(batch.position_ids[row, column]), identity[0], 0, identity[1])[0]
-        expected[row, column] = draw(logits[row, column], word * 2**-32)
+        expected[row, column] = draw(logits[row, column], int(batch.position_ids[row, column]), *identity)
     assert masked.sum() > 15
     assert torch.equal(read[-1], expected)
 
@@ -64,8 +62,13 @@ def test_labels_and_loss_are_those_of_transformers_electra_with_hits_counted_as_
     masked = view.labels != IGNORED
     originals = view.labels[masked]
     guesses = torch.where(torch.arange(len(originals)) < hits, originals, (originals + 1 - 5) % 206 + 5)
-    monkeypatch.setattr(rtd, "sample_tokens", lambda logits, noise: guesses)
-    sums = model.objectives["rtd"].loss(model, view)["rtd/discriminator"]
+    honest = rtd.linear_cross_entropy_and_sample
+
+    def guessing(*arguments, **options):
+        return honest(*arguments, **options)._replace(tokens=guesses)
+
+    monkeypatch.setattr(rtd, "linear_cross_entropy_and_sample", guessing)
+    sums = model.objectives["rtd"].loss(model, view)["rtd/discriminator"].sums
 
     tokens = batch.tokens.clone()
     tokens[masked] = guesses
@@ -88,7 +91,7 @@ def test_the_generators_loss_is_that_of_its_own_masked_language_model():
     model = model_with("rtd", "bert", masking={"rate": 0.4})
     batch = padded(random_samples([9, 31, 17]), row_length=31)
     view = model.objectives["rtd"].corrupt(batch, 0.0)
-    sums = model.objectives["rtd"].loss(model, view)["rtd/generator"]
+    sums = model.objectives["rtd"].loss(model, view)["rtd/generator"].sums
     theirs = model.heads["generator"].encoder.pretrained
     theirs.set_attn_implementation("eager")
     loss = theirs(input_ids=view.tokens, attention_mask=batch.real.long(), labels=view.labels).loss
@@ -134,14 +137,18 @@ def test_the_terms_weigh_as_in_the_paper():
     assert model_with("rtd", discriminator_weight=7).objectives["rtd"].terms["rtd/discriminator"] == 7.0
 
 
+@torch.no_grad()
 def test_draws_change_with_the_visit_and_not_with_the_layout():
-    model = model_with("rtd")
+    """Masking everything makes the generator blind, so that only the noise tells its samples apart."""
+    model = model_with("rtd", masking={"rate": 1.0})
     samples = random_samples([20, 20])
-    first, second = (model.objectives["rtd"].corrupt(padded(samples, visits=[v, v]), 0.0) for v in (0, 1))
-    assert not torch.equal(first.noise, second.noise)
-    swapped = model.objectives["rtd"].corrupt(padded(samples[::-1], ids=[1, 0]), 0.0)
-    batch = swapped.batch
-    assert torch.equal(swapped.noise.flatten()[places_of(batch, 1)], first.noise[0])
+    read = []
+    model.encoder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    for batch in (padded(samples), padded(samples, visits=[1, 1]), padded(samples[::-1], ids=[1, 0])):
+        model.objectives["rtd"].loss(model, model.objectives["rtd"].corrupt(batch, 0.0))
+    first, second, swapped = read
+    assert (first != second).sum() > 20
+    assert torch.equal(swapped.flip(0), first)
 
 
 @pytest.mark.parametrize("masking", [{}, {"rate": 0.2}, {"split": {"random": 0.0}}])

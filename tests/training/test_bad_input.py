@@ -42,6 +42,7 @@ def refused(document, *arguments, ds="zero2.json") -> str:
         ({"training__optimizer__name": "adam"}, ["training.optimizer.name", "did you mean 'adamw'"]),
         ({"training__batch_rows": 7}, ["training.batch_rows", "8"]),
         ({"training__micro_batch_rows": 3}, ["training.batch_rows"]),
+        ({"impl": "tritn"}, ["impl", "did you mean 'triton'"]),
         ({"objectives__mlmm": {}}, ["mlmm", "did you mean 'mlm'"]),
         ({"objectives": {}}, ["objectives", "mlm"]),
         ({"objectives__mlm__masking": {"rate": 1.5}}, ["objectives.mlm.masking.rate", "between 0 and 1"]),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pretrain.data.loader import Loader
+from pretrain.objectives.base import TermLoss
 from pretrain.objectives.mlm import MaskedLanguageModelling
 from pretrain.training.log import read_metrics
 from tests.training.runs import metrics, recipe, states, train, write_corpus
@@ -129,15 +130,15 @@ def _train_with_nan(document, steps_with_nan):
     """Train with a loss that is NaN on rank 1 in some steps."""
     plain, calls = MaskedLanguageModelling.loss, 0
 
-    def loss(objective, model, view):
+    def loss(objective, model, view, weights=None):
         nonlocal calls
-        sums = plain(objective, model, view)
+        losses = plain(objective, model, view, weights)
         if torch.is_grad_enabled():
             calls += 1
             micro_steps = 2
             if int(os.environ["RANK"]) == 1 and (calls - 1) // micro_steps in steps_with_nan:
-                sums = {term: total * float("nan") for term, total in sums.items()}
-        return sums
+                losses = {term: TermLoss(*(value * torch.nan for value in loss)) for term, loss in losses.items()}
+        return losses
 
     MaskedLanguageModelling.loss = loss
     try:
