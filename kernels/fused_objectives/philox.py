@@ -29,11 +29,16 @@ def philox(seed: int, stream: str, counter_0, counter_1=0, counter_2=0, counter_
         seed: the run's seed; its low 32 bits are the first key word.
         stream: what the numbers are for; its hash is the second key word.
         counter_0 .. counter_3: int64 arrays or tensors that broadcast together (``counter_0`` sets the shape), or ints.
+    """
+    return philox_of_key(seed & _MASK, stream_id(stream), counter_0, counter_1, counter_2, counter_3)
+
+
+def philox_of_key(key_0, key_1, counter_0, counter_1=0, counter_2=0, counter_3=0) -> tuple:
+    """The same under two 32-bit key words, ints or arrays that broadcast to the shape of ``counter_0``.
 
     The product of two 32-bit words wraps in int64, but its bits are those of the unsigned product, so shifting and
     masking recovers both halves. Where a tensor is new it is changed in place, which saves a third of the time.
     """
-    key_0, key_1 = seed & _MASK, stream_id(stream)
     c0, c1, c2, c3 = (counter & _MASK for counter in (counter_0, counter_1, counter_2, counter_3))
     for _ in range(10):
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1

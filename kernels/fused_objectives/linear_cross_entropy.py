@@ -1,0 +1,336 @@
+"""The masked-language-model loss on hidden states: only targets meet the vocabulary, a chunk of logits at a time.
+
+The weights of samples and tokens are known in the forward pass, so the gradients are computed there, chunk by chunk: no
+logits are kept and none are computed twice. Sums, counts and gradient norms come per sample.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from fused_objectives.gram import gram_row_sums
+from fused_objectives.gumbel import Sampling
+from fused_objectives.matmul import accumulate, accumulate_rows, multiply
+from fused_objectives.segments import per_token, spans, sum_per_sample
+from fused_objectives.softmax_epilogue import ALIGNMENT, Terms, softmax_epilogue
+from fused_objectives.targets import IGNORED, compact
+
+_CHUNK_BYTES = 32 * 2**20
+_CHUNK_MULTIPLE, _CHUNK_MINIMUM = 128, 512
+
+
+class LinearCrossEntropy(NamedTuple):
+    """The loss of a batch, and what it is made of."""
+
+    total: torch.Tensor
+    """``[]`` float32, differentiable by hidden, weight and bias: Σ_n w_sample(n)·u_n·loss_n, with sample weights w and
+    token weights u. NaN if there were more targets than the capacity."""
+    sums: torch.Tensor
+    """``[S]`` float32: Σ u_n·loss_n of each sample."""
+    counts: torch.Tensor
+    """``[S]`` int64: targets of each sample."""
+    per_token: torch.Tensor
+    """``[N]`` float32: loss_n, 0 where there is no target."""
+    log_normalizers: torch.Tensor
+    """``[N]`` float32: log Σ_v exp(z_v), 0 where there is no target."""
+    squared_norms: torch.Tensor | None
+    """``[S]`` float32: squared norm of the gradient of each sample's Σ u_n·loss_n by weight and bias; if asked for."""
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    segments: torch.Tensor,
+    samples: int,
+    *,
+    bias: torch.Tensor | None = None,
+    sample_weights: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+    capacity: int | None = None,
+    chunk_rows: int | None = None,
+    squared_norms: bool = False,
+    longest: int | None = None,
+    impl: str = "auto",
+) -> LinearCrossEntropy:
+    """Return the weighted cross entropy of softmax(z), z = cap·tanh((h·Wᵀ + b) / cap) or without cap h·Wᵀ + b:
+
+        loss_n = (1 − ε)(lse − z_y) + ε(lse − mean_v z_v) + ζ·lse²,  lse = log Σ_v exp(z_v)
+
+    Label smoothing ε is that of arXiv 1512.00567, the term ζ·lse² that of 2204.02311, the cap that of 2408.00118.
+
+    Args:
+        hidden: ``[N, d]`` floating, ``weight`` ``[V, d]`` of the same dtype, ``bias`` ``[V]`` floating. Under
+            ``torch.autocast`` the products are of its dtype, as ``F.linear``'s; gradients are of the arguments' dtypes.
+        targets: ``[N]`` integers, :data:`~fused_objectives.targets.IGNORED` where there is nothing to predict. Another
+            number outside 0 .. V − 1 makes the total NaN.
+        segments: ``[N]`` integers, which of the ``samples`` a token belongs to; −1, padding, is never a target.
+        sample_weights, token_weights: ``[S]`` and ``[N]`` floating, None is 1; no gradient flows to them.
+        capacity: the most targets that the batch can have; None takes their number on the CPU, and N on a GPU.
+        chunk_rows: targets whose logits exist at the same time; None takes :func:`default_chunk_rows`.
+        squared_norms: compute them too, for a sample of T targets by about T²(d + V) FLOPs.
+        longest: the most targets that a sample can have, for the norms: ⌈(longest − 1) / chunk_rows⌉ chunks of logits
+            are kept besides the present one. None takes their number on the CPU, and the capacity on a GPU. Samples
+            with more get a NaN.
+
+    Raises:
+        ValueError: for shapes, dtypes or numbers that do not fit together.
+
+    For n targets, 6ndV FLOPs if hidden and weight need gradients: three products, each with float32 sums. Bytes: those
+    of hidden, weight and their gradients once a chunk, and the logits' 2nV (or 4nV) three times, from the L2 cache if a
+    chunk fits into it.
+    """
+    terms = Terms(label_smoothing, z_loss, soft_cap)
+    weights = (sample_weights, token_weights)
+    limits = (capacity, chunk_rows, longest)
+    return evaluate(hidden, weight, bias, targets, segments, samples, weights, terms, limits, squared_norms, impl)[0]
+
+
+def linear_cross_entropy_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    segments: torch.Tensor,
+    samples: int,
+    *,
+    bias: torch.Tensor | None = None,
+    sample_weights: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+    capacity: int | None = None,
+    chunk_rows: int | None = None,
+    hidden_gradient: bool = True,
+    weight_gradient: bool = True,
+    impl: str = "auto",
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of :func:`linear_cross_entropy`'s total by hidden, weight and bias, computed anew.
+
+    For a second pass, when weights have been derived from the first. Arguments are the same; without
+    ``hidden_gradient`` the first is None and not computed, without ``weight_gradient`` the others. FLOPs: 2ndV for the
+    logits and 2ndV for each of the two products asked for.
+    """
+    terms = Terms(label_smoothing, z_loss, soft_cap)
+    weights = (sample_weights, token_weights)
+    wanted = (hidden_gradient, weight_gradient, weight_gradient and bias is not None)
+    with torch.no_grad():
+        arguments = (hidden, weight, bias, targets, segments, samples, weights, terms, (capacity, chunk_rows, None))
+        output = evaluate(*arguments, False, impl, wanted=wanted)[1]
+    return tuple(gradient if want else None for gradient, want in zip(output[6:9], wanted, strict=True))
+
+
+def default_chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
+    """Return how many rows of logits make at most 32 MiB, a multiple of 128, but at least 512.
+
+    So many fit into the L2 cache of a large GPU; with fewer rows the matrix products are inefficient.
+    """
+    rows = _CHUNK_BYTES // (max(vocabulary, 1) * dtype.itemsize)
+    return max(_CHUNK_MINIMUM, rows // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
+
+
+def evaluate(
+    hidden, weight, bias, targets, segments, samples, weights, terms, limits, norms, impl, sampling=None, wanted=None
+):
+    """Check the arguments and run the op; return the loss and all of the op's outputs.
+
+    Args:
+        weights: those of samples and of tokens.
+        limits: capacity, rows of a chunk, targets of the longest sample.
+        sampling: over all tokens.
+        wanted: which of hidden, weight and bias need a gradient; None asks autograd.
+    """
+    capacity, chunk_rows, longest = limits
+    vocabulary, width = weight.shape
+    if hidden.shape != (len(targets), width) or segments.shape != targets.shape or targets.ndim != 1:
+        shapes = tuple(hidden.shape), tuple(weight.shape), tuple(targets.shape), tuple(segments.shape)
+        raise ValueError(f"hidden, weight, targets and segments are not [N, d], [V, d], [N], [N] but {shapes}")
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if not torch.is_autocast_enabled(kind) and hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}")
+    if not 0 <= terms.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: {terms.label_smoothing} is not within 0 and 1")
+    if terms.soft_cap is not None and terms.soft_cap <= 0:
+        raise ValueError(f"soft_cap: {terms.soft_cap} is not above 0; None is without")
+    if chunk_rows is None:
+        chunk_rows = default_chunk_rows(vocabulary, dtype)
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows: {chunk_rows} is not above 0")
+    if wanted is None:
+        wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    drawing = (None, None, None, 0, "", 1.0)
+    if sampling is not None:
+        drawing = (sampling.positions, sampling.sample_ids, sampling.visits, *sampling[4:])
+    arguments = (hidden, weight, bias, targets, segments, samples, *weights, *terms)
+    output = _head(*arguments, capacity, chunk_rows, longest, norms, *drawing, *wanted, dtype, impl)
+    return LinearCrossEntropy(*output[:5], output[5] if norms else None), output
+
+
+@torch.library.custom_op("fused_objectives::linear_cross_entropy", mutates_args=())
+def _head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    segments: torch.Tensor,
+    samples: int,
+    sample_weights: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    soft_cap: float | None,
+    capacity: int | None,
+    chunk_rows: int,
+    longest: int | None,
+    squared_norms: bool,
+    positions: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
+    visits: torch.Tensor | None,
+    seed: int,
+    stream: str,
+    temperature: float,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+    bias_gradient: bool,
+    dtype: torch.dtype,
+    impl: str,
+) -> tuple[(torch.Tensor,) * 10]:
+    """Return total, sums, counts, losses, log-normalisers, squared norms, the gradients and the sampled tokens; what is
+    not asked for is empty. One loop over chunks serves both implementations, which differ in what it calls."""
+    tokens, (vocabulary, width) = len(hidden), weight.shape
+    chosen = compact((targets != IGNORED) & (segments >= 0), None if capacity is None else min(capacity, tokens))
+    rows, unused = len(chosen.places), chosen.places < 0
+    destinations = torch.where(unused, tokens, chosen.places)
+    labels, owners = chosen.take(targets.long(), IGNORED), chosen.take(segments.long(), -1)
+    counts = owners.new_zeros(samples + 1).index_add(0, owners + 1, torch.ones_like(owners))[1:]
+
+    zeros = partial(torch.zeros, dtype=torch.float32, device=hidden.device)
+    sample_weights = zeros(samples) + 1 if sample_weights is None else sample_weights.float()
+    row_weights = per_token(sample_weights, owners)
+    loss_weights = (~unused).float() if token_weights is None else chosen.take(token_weights.float(), 0.0)
+    sampling = None
+    if positions is not None:
+        ids = sample_ids.long().contiguous(), visits.long().contiguous()
+        sampling = Sampling(chosen.take(positions.long()), owners, *ids, seed, stream, temperature)
+    sampled = owners.new_full((rows,), -1)
+
+    matrix, shift = weight.to(dtype), None if bias is None else bias.float().contiguous()
+    inputs = chosen.take(hidden).to(dtype).masked_fill_(unused[:, None], 0)
+    weighted = (inputs * row_weights[:, None]).to(dtype) if weight_gradient else None
+    losses, log_normalizers, row_norms = zeros(rows), zeros(rows), zeros(rows)
+    d_hidden = hidden.new_zeros(tokens + 1, width) if hidden_gradient else None  # the last row is that of unused places
+    d_weight = zeros(vocabulary, width) if weight_gradient else None
+    d_bias = zeros(vocabulary) if bias_gradient else None
+
+    terms = Terms(label_smoothing, z_loss, soft_cap)
+    gradient = hidden_gradient or weight_gradient or bias_gradient or squared_norms
+    chunk = max(1, min(chunk_rows, rows))
+    kept = 0
+    if squared_norms:
+        begins = per_token(spans(owners, samples)[0], owners)
+        ends = torch.where(unused, 0, torch.arange(1, rows + 1, device=hidden.device))
+        if longest is None:
+            longest = rows if hidden.is_cuda or not samples else int(counts.max())
+        kept = min(-(-max(longest - 1, 0) // chunk), max(rows - 1, 0) // chunk)
+    padded = -(-vocabulary // ALIGNMENT) * ALIGNMENT
+    ring = hidden.new_empty(kept + 1, chunk, padded, dtype=dtype)
+    parts = [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+    for index, part in enumerate(parts):
+        logits = _view(ring, index, part, vocabulary)
+        torch.mm(inputs[part], matrix.t(), out=logits)
+        softmax_epilogue(
+            logits,
+            shift,
+            labels[part],
+            loss_weights[part],
+            terms,
+            gradient,
+            losses[part],
+            log_normalizers[part],
+            None if sampling is None else sampling.rows(part),
+            sampled[part],
+            impl,
+        )
+        if hidden_gradient:
+            gradients = multiply(logits, matrix).mul_(row_weights[part, None])
+            d_hidden.index_copy_(0, destinations[part], gradients.to(hidden.dtype))
+        if weight_gradient:
+            accumulate(d_weight, logits.t(), weighted[part])
+        if bias_gradient:
+            accumulate_rows(d_bias, logits, row_weights[part], impl)
+        for other in range(max(0, index - kept), index + 1) if squared_norms else ():
+            against, itself = parts[other], other == index
+            first, last = (
+                (edge[part] - against.start).clamp(0, against.stop - against.start) for edge in (begins, ends)
+            )
+            others = inputs[against], _view(ring, other, against, vocabulary)
+            products = gram_row_sums(
+                inputs[part], logits, *others, first, last, symmetric=itself, bias=bias is not None, impl=impl
+            )
+            row_norms[part] += products if itself else 2 * products
+
+    sums = sum_per_sample(loss_weights * losses, owners, samples, impl)
+    norms = zeros(0)
+    if squared_norms:
+        norms = torch.where(counts > longest, torch.nan, sum_per_sample(row_norms, owners, samples, impl))
+    return (
+        (sample_weights * sums).sum() + chosen.overflow,
+        sums,
+        counts,
+        *(zeros(tokens + 1).index_copy_(0, destinations, values)[:tokens] for values in (losses, log_normalizers)),
+        norms,
+        hidden.new_empty(0) if d_hidden is None else d_hidden[:tokens],
+        weight.new_empty(0) if d_weight is None else d_weight.to(weight.dtype),
+        zeros(0) if d_bias is None else d_bias.to(bias.dtype),
+        owners.new_full((tokens + 1,), -1).index_copy_(0, destinations, sampled)[:tokens],
+    )
+
+
+def _view(ring: torch.Tensor, index: int, part: slice, vocabulary: int) -> torch.Tensor:
+    """Return the logits of a chunk, which is ``index``-th and has the rows ``part``, within the ring of those kept."""
+    return ring[index % len(ring), : part.stop - part.start, :vocabulary]
+
+
+@_head.register_fake
+def _(hidden, weight, bias, targets, segments, samples, *options):
+    squared_norms = options[8]
+    hidden_gradient, weight_gradient, bias_gradient = options[-5:-2]
+    floats = partial(hidden.new_empty, dtype=torch.float32)
+    return (
+        floats(()),
+        floats(samples),
+        floats(samples, dtype=torch.int64),
+        floats(len(hidden)),
+        floats(len(hidden)),
+        floats(samples if squared_norms else 0),
+        hidden.new_empty(hidden.shape if hidden_gradient else 0),
+        weight.new_empty(weight.shape if weight_gradient else 0),
+        bias.new_empty(bias.shape) if bias_gradient else floats(0),
+        floats(len(hidden), dtype=torch.int64),
+    )
+
+
+def _keep_gradients(ctx, inputs, output):
+    ctx.wanted = inputs[-5:-2]
+    ctx.save_for_backward(*output[6:9])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _weigh_gradients(ctx, upstream, *_):
+    """Multiply the stored gradients, in float32, by the gradient that arrives at the total."""
+    gradients = [None] * 3
+    if upstream is not None:
+        for index, (wanted, gradient) in enumerate(zip(ctx.wanted, ctx.saved_tensors, strict=True)):
+            if wanted:
+                scale = upstream.float().reshape((1,) * gradient.ndim)
+                gradients[index] = (gradient * scale).to(gradient.dtype)
+    return (*gradients, *[None] * 23)
+
+
+_head.register_autograd(_weigh_gradients, setup_context=_keep_gradients)
