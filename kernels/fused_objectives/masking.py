@@ -57,8 +57,8 @@ def mask_tokens(
     tokens and padding are neither chosen nor drawn.
 
     Args:
-        tokens, segments, positions: int64 of one shape, ``[N]`` or ``[rows, length]``: token ids; which of the S samples,
-            −1 padding; position within the sample.
+        tokens, segments, positions: int64 of one shape, ``[N]`` or ``[rows, length]``: token ids; which of the S
+            samples, −1 padding; position within the sample.
         sample_ids, visits: ``[S]`` int64.
         seed, stream: key of the random numbers.
         is_ordinary: ``[V]`` bool, which tokens may be hidden.
@@ -75,7 +75,7 @@ def mask_tokens(
     Bytes: 24 read and 16 written a token. One Philox call a token, with units or spans one more for each span length.
 
     Raises:
-        ValueError: if a rate, share or span length is no probability, or ``ordinary_ids`` are needed and none are given.
+        ValueError: if a rate, share or span length is no probability, or there is no token to replace others with.
     """
     if random_share > 0 and len(ordinary_ids) == 0:
         raise ValueError("ordinary_ids: no token to replace others with")
@@ -107,13 +107,15 @@ def mask_tokens(
     )
 
 
-@lru_cache
 def start_rate(rate: float, span_lengths: tuple[float, ...]) -> float:
     """Return the probability q that a span starts at a unit, for which a unit is covered with probability ``rate``:
     1 − Π_k (1 − q·P(length > k)) = rate."""
+    return rate if len(span_lengths) == 1 else _solve(rate, span_lengths)
+
+
+@lru_cache
+def _solve(rate: float, span_lengths: tuple[float, ...]) -> float:
     longer = [1.0 - shorter for shorter in accumulate(span_lengths[:-1], initial=0.0)]
-    if len(longer) == 1:
-        return rate
     low, high = 0.0, 1.0
     for _ in range(64):
         middle = (low + high) / 2
@@ -318,14 +320,14 @@ def mask_kernel(
         if units_ptr is not None:
             units = tl.load(units_ptr + places, mask=real, other=-1)
         covered = units < units
-        for back in range(0, spans):
+        for back in range(spans):
             starts, _, _, length = philox_words(seed, stream, units - back, sample, visit)
             reached = length.to(tl.int64) >= tl.load(reaches_ptr + back)
             covered |= (starts.to(tl.int64) < start) & reached
         chosen &= covered & (units >= 0)
 
     kind = kind.to(tl.int64)
-    becomes_random = chosen & (kind < random)
+    becomes_random = chosen & (kind >= mask) & (kind < random)
     drawn = tl.load(ordinary_ids_ptr + ((replacement.to(tl.int64) * ordinary) >> 32), mask=becomes_random, other=0)
     corrupted = tl.where(becomes_random, drawn, tokens)
     corrupted = tl.where(chosen & (kind < mask), mask_id, corrupted)
