@@ -180,26 +180,33 @@ def edit_torch(
     begins = real.clone()
     begins[:, 1:] &= segments[:, :-1] != segments[:, 1:]
     starts = torch.where(begins, ends - emitted, 0).cummax(1).values if length else ends  # of the samples
-    result = [tokens.new_full((rows, capacity), padding) for padding in (pad_id, -1, 0, IGNORED, -1)]
-    place = torch.arange(rows * length, device=tokens.device).view(rows, length)
-    row_start = torch.arange(rows, device=tokens.device)[:, None] * capacity
+    result = [tokens.new_full((rows * capacity,), padding) for padding in (pad_id, -1, 0, IGNORED, -1)]
+    ends_in_result = (torch.arange(rows, device=tokens.device)[:, None] * capacity + ends).flatten()
 
-    def put(which, targets, values):
-        which = which & (targets < capacity)
-        places = (row_start + targets)[which]
+    def put(which, before_end, *values):
+        chosen = (which & (ends - before_end < capacity)).flatten().nonzero().squeeze(1)
+        places = ends_in_result[chosen] - before_end
         for array, value in zip(result, values, strict=True):
-            array.view(-1)[places] = value[which] if isinstance(value, torch.Tensor) else value
+            array[places] = value.flatten()[chosen] if isinstance(value, torch.Tensor) else value
 
-    put(emitted > 0, ends - 1, (tokens, segments, ends - 1 - starts, gap.long(), place))
+    put(
+        emitted > 0,
+        1,
+        tokens,
+        segments,
+        ends - 1 - starts,
+        gap.long(),
+        torch.arange(rows * length, device=tokens.device),
+    )
     if is_ordinary is None:
         new = insert_id if insert_id is not None else ordinary_ids[below(pick, len(ordinary_ids))]
-        put(inserted, ends - 2, (new, segments, ends - 2 - starts, 1, -1))
+        put(inserted, 2, new, segments, ends - 2 - starts, 1, -1)
 
     fits = ends.clamp(max=capacity) - (ends - emitted).clamp(max=capacity)
     counts = tokens.new_zeros(2, len(sample_ids) + 1)
     counts.index_add_(1, segments.flatten() + 1, torch.stack([fits, emitted - fits]).view(2, -1))
     lengths, dropped = counts[:, 1:]
-    return *result, lengths.clone(), dropped.clone()
+    return *(array.view(rows, capacity) for array in result), lengths.clone(), dropped.clone()
 
 
 def edit_triton(

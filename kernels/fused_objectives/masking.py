@@ -192,7 +192,8 @@ def _in_span(units, segments, real, sample_ids, visits, seed, stream, start, rea
     """Return which tokens' units lie in a span. All units are listed, sample after sample, so that each is drawn once;
     before each sample's first come as many as a span may reach from."""
     before = len(reaches) - 1
-    owner, unit = segments[real], units[real]
+    places = real.flatten().nonzero().squeeze(1)
+    owner, unit = segments.flatten()[places], units.flatten()[places]
     sizes = unit.new_zeros(len(sample_ids)).scatter_reduce(0, owner, unit + 1, "amax")
     sizes = torch.where(sizes > 0, sizes + before, 0)
     ends = sizes.cumsum(0)
@@ -203,9 +204,9 @@ def _in_span(units, segments, real, sample_ids, visits, seed, stream, start, rea
     covered = starts.clone()
     for back in range(1, min(before + 1, len(covered))):
         covered[back:] |= (starts & (length >= reaches[back]))[:-back]
-    inside = torch.zeros_like(real)
-    inside[real] = covered[(ends - sizes)[owner] + before + unit]
-    return inside
+    inside = torch.zeros_like(real).flatten()
+    inside[places] = covered[(ends - sizes)[owner] + before + unit]
+    return inside.view_as(real)
 
 
 def mask_triton(
