@@ -6,13 +6,14 @@ import torch
 
 from fused_objectives.backend import Configuration, jit, tl, uses_triton
 from fused_objectives.segments import per_token as spread
-from fused_objectives.segments import sum_per_sample
+from fused_objectives.segments import spans, sum_per_sample
 from fused_objectives.targets import IGNORED
 
 WIDEST = 2048
 """Largest d of the kernels: a program holds whole rows, padded to a power of two, so that each is read once."""
 _ROWS = 4  # that a program holds at once
 _WARP = 256  # columns of theirs that one of its warps holds
+_BLOCK = 1024  # tokens of a sample that are added up at once
 
 
 class Detection(NamedTuple):
@@ -109,13 +110,11 @@ def _detection(
 ]:
     """Return the fields of :class:`Detection` and, with ``gradients`` (else empty), the gradients of ``total`` with
     respect to the logits, ``[N]``, the weight, ``[d]``, and the bias, ``[1]``, all float32."""
-    run = _losses if uses_triton(impl, hidden) and hidden.numel() else _losses_torch
+    kernels = uses_triton(impl, hidden) and hidden.numel() and samples
+    run, sum_up = (_losses, _sums) if kernels else (_losses_torch, _sums_torch)
     per_token, logits, *slopes = run(hidden, weight, bias, labels, segments, sample_weights, token_weights, gradients)
-    weighted = per_token if token_weights is None else per_token * token_weights.float()
-    sums = sum_per_sample(weighted, segments, samples, impl)
+    sums, counts = sum_up(per_token, token_weights, labels, segments, samples)
     total = sums.sum() if sample_weights is None else (sums * sample_weights.float()).sum()
-    owner = torch.where(segments < 0, samples, segments)
-    counts = owner.new_zeros(samples + 1).index_add(0, owner, (labels != IGNORED).long())[:samples]
     return total, sums, counts, per_token, logits, *slopes
 
 
@@ -201,6 +200,14 @@ def _losses_torch(hidden, weight, bias, labels, segments, sample_weights, token_
     return per_token, logits, slopes, (slopes[:, None] * wide).sum(0), slopes.sum().view(1)
 
 
+def _sums_torch(per_token, token_weights, labels, segments, samples):
+    """Return each sample's sum of weighted losses and count of labels, by plain torch."""
+    weighted = per_token if token_weights is None else per_token * token_weights.float()
+    owner = torch.where(segments < 0, samples, segments)
+    counts = owner.new_zeros(samples + 1).index_add(0, owner, (labels != IGNORED).long())[:samples]
+    return sum_per_sample(weighted, segments, samples, "torch"), counts
+
+
 def _losses(hidden, weight, bias, labels, segments, sample_weights, token_weights, gradients):
     """Return losses and logits, ``[N]``; slopes (gradients with respect to the logits, ``[N]``), and the gradients of
     weight, ``[d]``, and bias, ``[1]``, all three empty without ``gradients``."""
@@ -235,8 +242,25 @@ def _losses(hidden, weight, bias, labels, segments, sample_weights, token_weight
         num_warps=columns // _WARP,
     )
     if not gradients:
-        return per_token, logits, slopes, slopes.clone(), slopes.clone()
+        return per_token, logits, *(per_token.new_empty(0) for _ in range(3))
     return per_token, logits, slopes, weight_parts.sum(0), bias_parts.sum(0, keepdim=True)
+
+
+def _sums(per_token, token_weights, labels, segments, samples):
+    """Return each sample's sum of weighted losses and count of labels."""
+    starts, ends = spans(segments, samples, "triton")
+    sums, counts = per_token.new_empty(samples), starts.new_empty(samples)
+    detection_sums_kernel[(samples,)](
+        per_token,
+        None if token_weights is None else token_weights.contiguous(),
+        labels.contiguous(),
+        starts,
+        ends,
+        sums,
+        counts,
+        BLOCK=_BLOCK,
+    )
+    return sums, counts
 
 
 def _columns(width: int) -> int:
@@ -316,6 +340,33 @@ def detection_kernel(
 
 
 @jit
+def detection_sums_kernel(
+    per_token_ptr,
+    token_weights_ptr,
+    labels_ptr,
+    starts_ptr,
+    ends_ptr,
+    sums_ptr,
+    counts_ptr,
+    BLOCK: tl.constexpr,
+):
+    """One program a sample."""
+    sample = tl.program_id(0)
+    end = tl.load(ends_ptr + sample)
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.int64)
+    for first in range(tl.load(starts_ptr + sample), end, BLOCK):
+        places = first + tl.arange(0, BLOCK)
+        losses = tl.load(per_token_ptr + places, mask=places < end, other=0.0)
+        if token_weights_ptr is not None:
+            losses *= tl.load(token_weights_ptr + places, mask=places < end, other=0.0).to(tl.float32)
+        total += losses
+        count += (tl.load(labels_ptr + places, mask=places < end, other=-100) != -100).to(tl.int64)
+    tl.store(sums_ptr + sample, tl.sum(total))
+    tl.store(counts_ptr + sample, tl.sum(count))
+
+
+@jit
 def _log1p(x):
     """log(1 + x) for 0 ≤ x ≤ 1, accurate for small x too: what rounding 1 + x errs cancels (Goldberg 1991)."""
     rounded = 1.0 + x
@@ -360,6 +411,10 @@ def _configurations():
                 yield Configuration(detection_kernel, signature, absent | {"GRADIENTS": False} | tile, warps)
             inputs = {"upstream_ptr": "*fp32", "slopes_ptr": "*fp32", "weight_ptr": dtype, "gradient_ptr": dtype}
             yield Configuration(detection_hidden_gradient_kernel, inputs | sizes, tile, warps)
+
+    sums = {"per_token_ptr": "*fp32", "token_weights_ptr": "*fp32", "labels_ptr": "*i64", "starts_ptr": "*i64"}
+    sums |= {"ends_ptr": "*i64", "sums_ptr": "*fp32", "counts_ptr": "*i64"}
+    yield Configuration(detection_sums_kernel, sums, {"BLOCK": _BLOCK})
 
 
 CONFIGURATIONS = list(_configurations())

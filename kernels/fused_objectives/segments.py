@@ -11,13 +11,19 @@ from fused_objectives.backend import Configuration, jit, tl, uses_triton
 _BLOCK = 256
 
 
-def spans(segments: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+def spans(segments: torch.Tensor, samples: int, impl: str = "torch") -> tuple[torch.Tensor, torch.Tensor]:
     """Return where each sample's run starts and ends (first token, one behind the last), both ``[S]`` int64.
 
     Args:
         segments: ``[N]`` integers in −1 .. S − 1.
         samples: S. A sample without a token gets an empty run.
+        impl: the kernel is two launches instead of nine, but can only be called where others are: within custom ops.
     """
+    if len(segments) and samples and uses_triton(impl, segments):
+        bounds = segments.new_zeros(2, samples, dtype=torch.int64)
+        programs = -(-len(segments) // _BLOCK)
+        spans_kernel[(programs,)](segments.contiguous(), bounds, len(segments), samples, BLOCK=_BLOCK)
+        return bounds[0], bounds[1]
     places = torch.arange(len(segments), device=segments.device)
     owner = torch.where(segments < 0, samples, segments).long()
     starts = places.new_full((samples + 1,), len(segments)).scatter_reduce(0, owner, places, "amin")
@@ -44,9 +50,20 @@ def sum_per_sample(values: torch.Tensor, segments: torch.Tensor, samples: int, i
         owner = torch.where(segments < 0, samples, segments).long()
         return sums.index_add(0, owner, values.float())[:samples]
     sums = values.new_empty(samples, dtype=torch.float32)
-    starts, ends = spans(segments, samples)
+    starts, ends = spans(segments, samples, impl)
     span_sum_kernel[(samples,)](values, starts, ends, sums, values.stride(0), BLOCK=_BLOCK)
     return sums
+
+
+@jit(do_not_specialize=["tokens", "samples"])
+def spans_kernel(segments_ptr, bounds_ptr, tokens, samples, BLOCK: tl.constexpr):
+    """A block of tokens a program: the first and the last of a run write where it begins and ends."""
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    segment = tl.load(segments_ptr + places, mask=places < tokens, other=-1)
+    before = tl.load(segments_ptr + places - 1, mask=(places > 0) & (places < tokens), other=-1)
+    after = tl.load(segments_ptr + places + 1, mask=places + 1 < tokens, other=-1)
+    tl.store(bounds_ptr + segment, places, mask=(segment >= 0) & (segment != before))
+    tl.store(bounds_ptr + samples + segment, places + 1, mask=(segment >= 0) & (segment != after))
 
 
 @jit(do_not_specialize=["values_stride"])
@@ -64,8 +81,13 @@ def span_sum_kernel(values_ptr, starts_ptr, ends_ptr, sums_ptr, values_stride, B
 
 CONFIGURATIONS = [
     Configuration(
+        spans_kernel,
+        {"segments_ptr": "*i64", "bounds_ptr": "*i64", "tokens": "i32", "samples": "i32"},
+        {"BLOCK": _BLOCK},
+    ),
+    Configuration(
         span_sum_kernel,
         {"values_ptr": "*fp32", "starts_ptr": "*i64", "ends_ptr": "*i64", "sums_ptr": "*fp32", "values_stride": "i64"},
         {"BLOCK": _BLOCK},
-    )
+    ),
 ]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fused_objectives import detection
 from fused_objectives.backend import INTERPRETED
 from fused_objectives.detection import WIDEST, _detection, _hidden_gradient, detection_loss
 from fused_objectives.targets import IGNORED
@@ -240,10 +241,19 @@ def test_losses_are_the_same_bits_whether_gradients_are_wanted_or_not(place, imp
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_without_gradients_none_are_computed(place, impl):
+def test_only_gradients_that_are_wanted_are_computed(place, impl, monkeypatch):
     arguments = make(device=place.device, dtype=place.dtype)
     *_, slopes, weight_gradient, bias_gradient = _detection(*operands(arguments), False, impl)
     assert slopes.numel() == weight_gradient.numel() == bias_gradient.numel() == 0
+    asked = []
+    monkeypatch.setattr(detection, "_detection", lambda *args: asked.append(args[-2]) or _detection(*args))
+    monkeypatch.setattr(detection, "_hidden_gradient", None)
+    detection_loss(**arguments, impl=impl)
+    arguments["weight"].requires_grad_()
+    with torch.no_grad():
+        detection_loss(**arguments, impl=impl)
+    detection_loss(**arguments, impl=impl).total.backward()
+    assert asked == [False, False, True]
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])

@@ -22,6 +22,26 @@ def test_spans_of_nothing_are_empty():
     assert torch.equal(starts, ends)
 
 
+def test_the_kernel_finds_the_same_spans(place):
+    rng = np.random.default_rng(0)
+    lengths = [1, 0, 300, 257, 5, 0, 1023, 1]
+    order = rng.permutation(len(lengths))
+    segments = np.concatenate([np.repeat([-1, sample], [rng.integers(0, 3), lengths[sample]]) for sample in order])
+    cases = [
+        (SEGMENTS, 5),
+        (torch.tensor(segments), 8),
+        (torch.full((7,), -1), 3),
+        (SEGMENTS[:0], 2),
+        (SEGMENTS[:1], 0),
+    ]
+    cases.append((torch.stack([SEGMENTS, SEGMENTS + 1], 1)[:, 0], 5))
+    for segments, samples in cases:
+        starts, ends = spans(segments, samples)
+        found = [bounds.cpu() for bounds in spans(segments.to(place.device), samples, impl="triton")]
+        assert torch.equal(found[1] - found[0], ends - starts)
+        assert torch.equal(found[0][ends > starts], starts[ends > starts])
+
+
 def test_values_are_spread_over_their_samples_and_padding_gets_zero():
     values = torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0])
     assert per_token(values, SEGMENTS).tolist() == [0, 10, 10, 10, 40, 40, 0, 0, 20, 20, 20, 20, 20, 50, 0]
