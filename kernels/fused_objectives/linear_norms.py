@@ -184,7 +184,7 @@ def _instantiate_triton(inputs, gradients, starts, ends, weights, gradient: bool
 def _tiling(dtype: torch.dtype, p: int, d: int) -> tuple[int, int, int]:
     """Tile of dW (its side), rows of a step, warps."""
     if dtype.itemsize == 2:
-        return (128, 64, 8) if min(p, d) >= 128 else (64, 64, 4)
+        return (128, 32, 8) if min(p, d) >= 128 else (64, 64, 4)
     return 64, 16, 8
 
 
