@@ -78,7 +78,12 @@ def gumbel_block(key, start, BLOCK: tl.constexpr):
     counters = start // 4 + tl.arange(0, BLOCK // 4)
     zero = counters * 0
     word_0, word_1, word_2, word_3 = tl.philox(key, counters, zero, zero, zero)
-    word = tl.interleave(tl.interleave(word_0, word_2), tl.interleave(word_1, word_3))
+    return gumbel_of(tl.interleave(tl.interleave(word_0, word_2), tl.interleave(word_1, word_3)))
+
+
+@jit
+def gumbel_of(word):
+    """:func:`gumbel` within a kernel, of a uint32 block."""
     share = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     rest = ((0xFFFFFFFF - word).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = share * (1 + share * (1 / 2 + share * (1 / 3 + share * (1 / 4 + share * (1 / 5 + share / 6)))))

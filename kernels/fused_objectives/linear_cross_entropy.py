@@ -167,7 +167,8 @@ def evaluate(
     if sampling is not None:
         drawing = (sampling.positions, sampling.sample_ids, sampling.visits, *sampling[4:])
     arguments = (hidden, weight, bias, targets, segments, samples, *weights, *terms)
-    output = _head(*arguments, capacity, chunk_rows, longest, norms, *drawing, *wanted, dtype, impl)
+    with torch.autocast(kind, enabled=False):  # it would reach into the op
+        output = _head(*arguments, capacity, chunk_rows, longest, norms, *drawing, *wanted, dtype, impl)
     return LinearCrossEntropy(*output[:5], output[5] if norms else None), output
 
 
@@ -207,7 +208,8 @@ def _head(
     rows, unused = len(chosen.places), chosen.places < 0
     destinations = torch.where(unused, tokens, chosen.places)
     labels, owners = chosen.take(targets.long(), IGNORED), chosen.take(segments.long(), -1)
-    counts = owners.new_zeros(samples + 1).index_add(0, owners + 1, torch.ones_like(owners))[1:]
+    counts = owners.new_zeros(samples + 1)
+    counts = counts.index_add(0, torch.where(unused, samples, owners), torch.ones_like(owners))[:samples]
 
     zeros = partial(torch.zeros, dtype=torch.float32, device=hidden.device)
     sample_weights = zeros(samples) + 1 if sample_weights is None else sample_weights.float()

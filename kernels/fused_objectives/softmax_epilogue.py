@@ -1,4 +1,4 @@
-"""What follows the matrix product of a vocabulary head: loss, log-normaliser, gradient and sample of each row of logits.
+"""What follows a vocabulary head's matrix product: loss, log-normaliser, gradient and sample of each row of logits.
 
 Shared by the linear cross entropy and the generator's sampling, which call it on one chunk of logits after the other.
 """
@@ -46,8 +46,8 @@ def softmax_epilogue(
     """Read logits, and write each row's loss, log-normaliser (lse) and sampled token; all arithmetic is in float32.
 
     Args:
-        logits: ``[n, V]`` floating, without the bias, with contiguous rows :data:`ALIGNMENT` · k apart. With ``gradient`` they are replaced by the
-            gradient of weight·loss by them; else they may hold anything afterwards.
+        logits: ``[n, V]`` floating, without the bias, with contiguous rows a multiple of :data:`ALIGNMENT` apart. With
+            ``gradient`` they are replaced by the gradient of weight·loss by them.
         bias: ``[V]`` contiguous float32, or None.
         labels: ``[n]`` contiguous int64. Rows of :data:`IGNORED` get loss, lse and gradient 0 and no token (−1); any
             other label outside 0 .. V − 1 makes the loss NaN.
