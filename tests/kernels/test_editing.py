@@ -27,6 +27,7 @@ from tests.kernels.corruption import (
     odd_rows,
     padded_rows,
     pick,
+    poisoned_memory,  # noqa: F401  (a fixture)
     random_sample,
     reordered_rows,
     same,
@@ -224,9 +225,12 @@ def test_the_ops_pass_opcheck_and_compile_whole(place, impl):
     for chosen in ((None, tables[1], None), (None, tables[1], MASK), (tables[0], None, None)):
         arguments = (*rows, 2**31, 5, "s", *chosen, PAD, 20, impl)
         torch.library.opcheck(torch.ops.fused_objectives.edit_tokens, arguments)
-    for what in ("insert", "delete"):
-        compiled = torch.compile(partial(edit, what, impl=impl, rate=0.5), fullgraph=True, backend="aot_eager")
-        same(compiled(rows), edit(what, rows, rate=0.5))
+    both = ("insert", "delete")
+    compiled = torch.compile(
+        lambda rows: [edit(what, rows, impl, rate=0.5) for what in both], fullgraph=True, backend="aot_eager"
+    )
+    for what, new in zip(both, compiled(rows), strict=True):
+        same(new, edit(what, rows, rate=0.5))
 
 
 def test_what_cannot_be_is_refused():

@@ -30,6 +30,7 @@ from tests.kernels.corruption import (
     odd_rows,
     padded_rows,
     pick,
+    poisoned_memory,  # noqa: F401  (a fixture)
     random_sample,
     reordered_rows,
     same,
@@ -214,7 +215,7 @@ def test_the_op_passes_opcheck_and_compiles_whole(place, impl):
     for extra, reaches in ((extras(rows, "eligible units").values(), [0, 2**31]), ((None, None), [0])):
         arguments = (*rows, 5, "s", *tables, MASK, [2**31, 2**31, 2**32], *extra, reaches, impl)
         torch.library.opcheck(torch.ops.fused_objectives.mask_tokens, arguments)
-    compiled = torch.compile(partial(mask, impl=impl, rate=0.5), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda rows: mask(rows, impl, rate=0.5), fullgraph=True, backend="aot_eager")
     same(compiled(rows), mask(rows, impl, rate=0.5))
 
 

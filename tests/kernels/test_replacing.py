@@ -7,7 +7,12 @@ import torch
 from fused_objectives import replacing
 from fused_objectives.replacing import replace_tokens
 from fused_objectives.targets import IGNORED, compact
-from tests.kernels.corruption import VOCABULARY, odd_rows, same
+from tests.kernels.corruption import (
+    VOCABULARY,
+    odd_rows,
+    poisoned_memory,  # noqa: F401  (a fixture)
+    same,
+)
 
 REPLACE_TRITON = replacing.replace_triton
 
@@ -89,5 +94,5 @@ def test_nothing_is_replaced_where_nothing_is_sampled(place, impl):
 def test_the_op_passes_opcheck_and_compiles_whole(place, impl):
     inputs = example(place.device)
     torch.library.opcheck(torch.ops.fused_objectives.replace_tokens, (*inputs, impl))
-    compiled = torch.compile(partial(replace_tokens, impl=impl), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *inputs: replace_tokens(*inputs, impl=impl), fullgraph=True, backend="aot_eager")
     same(compiled(*inputs), replace_tokens(*inputs, impl="torch"))

@@ -27,6 +27,7 @@ from tests.kernels.corruption import (
     many,
     odd_rows,
     padded_rows,
+    poisoned_memory,  # noqa: F401  (a fixture)
     random_sample,
     reordered_rows,
     same,
@@ -144,7 +145,7 @@ def test_the_op_passes_opcheck_and_compiles_whole(place, impl):
     for eligible in (None, eligible_of(rows)):
         arguments = (*rows, 2**31, 5, "s", IS_ORDINARY.to(place.device), eligible, impl)
         torch.library.opcheck(torch.ops.fused_objectives.swap_tokens, arguments)
-    compiled = torch.compile(partial(swap, impl=impl, rate=0.7), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda rows: swap(rows, impl, rate=0.7), fullgraph=True, backend="aot_eager")
     same(compiled(rows), swap(rows, rate=0.7))
 
 
