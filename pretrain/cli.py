@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
             if name == chosen:  # importing only what runs keeps --help instant
                 command = importlib.import_module(module)
                 command.add_arguments(subparser)
-        command.run(parser.parse_args(argv))
+        args = parser.parse_args(argv)  # exits where no command was chosen
+        command.run(args)
     except UserError as error:
         print(f"medley {chosen}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

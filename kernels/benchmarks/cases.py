@@ -68,7 +68,7 @@ class Scale:
     def sweep(self, base: Shape) -> list[Shape]:
         """Return the base shape, and unless in a hurry those that differ from it in one number."""
         scales = {
-            "tokens": (8192, 16384, 32768) if self.full else (512, 1024),
+            "tokens": (4096, 16384) if self.full else (512, 1024),
             "d": (1024,) if self.full else (384,),
             "V": (50368, 128256) if self.full else (2048, 4096),
             "rate": (0.3, 0.4),

@@ -124,11 +124,11 @@ def head_of_places_with_torch(inputs: SimpleNamespace, mode: str) -> Step | None
 
 
 def head_of_places_with_compile(inputs: SimpleNamespace, mode: str) -> Step | None:
-    arguments = inputs.hidden, inputs.weight, inputs.targets, inputs.places
-    if mode == NORMS:
+    if mode != TRAINING:  # compiling takes longer than all the rest
         return None
+    arguments = inputs.hidden, inputs.weight, inputs.targets, inputs.places
     loss = compiled(_plain_head_of_places)
-    return _peer(inputs, mode, lambda: loss(*arguments))
+    return trained(lambda: loss(*arguments), inputs, mode)
 
 
 def head_with_torchs_own(inputs: SimpleNamespace, mode: str) -> Step | None:
@@ -224,7 +224,9 @@ def sample_with_torch(inputs: SimpleNamespace, mode: str) -> Step:
     return trained(lambda: _plain_sample(*arguments)[0], inputs, mode)
 
 
-def sample_with_compile(inputs: SimpleNamespace, mode: str) -> Step:
+def sample_with_compile(inputs: SimpleNamespace, mode: str) -> Step | None:
+    if mode != TRAINING:
+        return None
     arguments = inputs.hidden, inputs.weight, inputs.targets, inputs.places
     sample = compiled(_plain_sample)
     return trained(lambda: sample(*arguments)[0], inputs, mode)
@@ -272,7 +274,9 @@ def detect_with_torch(inputs: SimpleNamespace, mode: str) -> Step:
     return trained(lambda: _plain_detection(*arguments), inputs, mode)
 
 
-def detect_with_compile(inputs: SimpleNamespace, mode: str) -> Step:
+def detect_with_compile(inputs: SimpleNamespace, mode: str) -> Step | None:
+    if mode != TRAINING:
+        return None
     arguments = inputs.hidden, inputs.weight, inputs.labels, inputs.sample_weights[inputs.segments]
     loss = compiled(_plain_detection)
     return trained(lambda: loss(*arguments), inputs, mode)

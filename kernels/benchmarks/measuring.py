@@ -53,7 +53,7 @@ class Meter:
                         dtype = str(self.floors.dtype).removeprefix("torch.")
                         yield Record(benchmark.name, provider.name, mode, text_of(shape), dtype, metric, *values)
             del inputs
-            self._release()
+            gc.collect()
 
     def _takes(self, provider: Provider) -> bool:
         if provider.gpu_only and self.clock.device == "cpu":
@@ -72,7 +72,8 @@ class Meter:
             return {}
         finally:
             step = None
-            self._release()
+            if self.clock.device == "cuda":
+                torch.cuda.empty_cache()
         print(self._line(provider.name, {name: _cell(name, each) for name, each in metrics.items()}), flush=True)
         return metrics
 
@@ -84,6 +85,7 @@ class Meter:
         self._told.add((name, reason))
         if name.startswith("medley"):
             self.failures.append(f"{benchmark.name} ({name})")
+        gc.collect()  # what failed may have left large things behind
 
     def _line(self, name: str, cells: dict[str, str]) -> str:
         line = f"  {name:36}"
@@ -91,11 +93,6 @@ class Meter:
             if metric != GRAPH or self.clock.device == "cuda":
                 line += f"{cells.get(metric, ''):>{26 if metric == TIME else 14}}"
         return line.rstrip()
-
-    def _release(self) -> None:
-        gc.collect()
-        if self.clock.device == "cuda":
-            torch.cuda.empty_cache()
 
     def _metrics(self, provider: Provider, step: Step, work: Work) -> Metrics:
         times = self.clock.milliseconds(step)

@@ -28,6 +28,7 @@ LINEAR, WITH_GRADIENT = "linear_norms.linear_norms", "linear_norms.linear_norms_
 BIAS, LAYER_NORM = "vector_norms.bias_norms", "vector_norms.layer_norm_norms"
 EMBEDDING, TIED = "embedding_norms.embedding_norms", "embedding_norms.tied_cross_term"
 SKETCH, GRADIENT = "sketched_norms.sketched_norms", "weighted_gradient.weighted_gradient"
+SKETCH_SIZE = 16
 _EPS = 1e-12
 _RATE = 0.15  # of the tied head's targets
 
@@ -83,14 +84,20 @@ def gemm_work(shape: Shape, mode: str, size: int) -> Work:
     return Work(2 * tokens * width * height, size * (tokens * (width + height) + width * height))
 
 
-def reading(*names: str, arrays: int = 1):
-    """Return the work of reading arrays of tokens × the named sizes."""
+def reading(arrays: int):
+    """Return the work of reading so many arrays ``[N, p]``."""
 
     def work(shape: Shape, mode: str, size: int) -> Work:
-        elements = shape["tokens"] * sum(shape[name] for name in names)
-        return Work(2 * arrays * elements, size * arrays * elements)
+        elements = arrays * shape["tokens"] * shape["p"]
+        return Work(2 * elements, size * elements)
 
     return work
+
+
+def sketch_work(shape: Shape, mode: str, size: int) -> Work:
+    """Both operands are read and multiplied by 16 random signs a row."""
+    tokens, widths = shape["tokens"], shape["d"] + shape["p"]
+    return Work(2 * SKETCH_SIZE * tokens * (widths + SKETCH_SIZE), size * tokens * widths)
 
 
 def _instantiated(inputs, gradients):
@@ -285,7 +292,9 @@ def bert_with_medley(impl: str):
         def linear(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
             if mode == EXACT:
                 return linear_norms(activations, gradients, *where, bias=True, longest=inputs.length, impl=impl)
-            weight = sketched_norms(activations, gradients, *where, seed=SEED, stream=STREAM, impl=impl)
+            weight = sketched_norms(
+                activations, gradients, *where, seed=SEED, stream=STREAM, size=SKETCH_SIZE, impl=impl
+            )
             return weight + bias_norms(gradients, *where, impl=impl)
 
         def step() -> torch.Tensor:
@@ -319,9 +328,9 @@ def bert_work(shape: Shape, mode: str, size: int) -> Work:
     if mode == TRAINING:
         return Work(3 * tokens * (24 * width**2 + 4 * length * width), 4 * size * tokens * width)
     pairs = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
-    sizes = {"tokens": tokens, "length": length}
-    works = [linear_work(sizes | {"d": d, "p": p}, mode, size) for d, p in pairs]
-    return Work(sum(each.flops for each in works) * (mode == EXACT), sum(each.bytes for each in works))
+    work = linear_work if mode == EXACT else sketch_work
+    works = [work({"tokens": tokens, "length": length, "d": d, "p": p}, mode, size) for d, p in pairs]
+    return Work(sum(each.flops for each in works), sum(each.bytes for each in works))
 
 
 def both(path: str, *arguments: str, **options) -> tuple[Provider, Provider]:
@@ -395,8 +404,8 @@ BENCHMARKS = [
         (SKETCH,),
         _linear,
         linear_inputs,
-        reading("d", "p"),
-        [*both(SKETCH, *PAIR, seed=SEED, stream=STREAM)],
+        sketch_work,
+        [*both(SKETCH, *PAIR, seed=SEED, stream=STREAM, size=SKETCH_SIZE)],
     ),
     Benchmark(
         "bias_norms",
@@ -404,7 +413,7 @@ BENCHMARKS = [
         (BIAS,),
         _wide,
         linear_inputs,
-        reading("p"),
+        reading(1),
         [*both(BIAS, "gradients"), Provider("torch", bias_with_torch)],
     ),
     Benchmark(
@@ -413,7 +422,7 @@ BENCHMARKS = [
         (LAYER_NORM,),
         _wide,
         layer_norm_inputs,
-        reading("p", arrays=2),
+        reading(2),
         [
             *both(LAYER_NORM, "gradients", "inputs", eps=_EPS),
             Provider("torch", layer_norm_with_torch),
@@ -426,7 +435,7 @@ BENCHMARKS = [
         (EMBEDDING,),
         _wide,
         embedding_inputs,
-        reading("p"),
+        reading(1),
         [
             *both(EMBEDDING, "gradients", "tokens"),
             Provider("Opacus", embedding_with_opacus, in_graph=False),

@@ -17,7 +17,7 @@ sys.path[:0] = [folder for folder in map(str, (HERE, HERE.parent, HERE.parents[1
 
 from pretrain.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, unknown  # noqa: E402
 
-SECONDS, QUICK_SECONDS = 0.2, 0.05
+SECONDS, QUICK_SECONDS = 0.1, 0.03  # of repetitions, each time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ the machine hardly bear on.
 """
 
 import contextlib
-import gc
 import os
 import statistics
 import sys
@@ -67,7 +66,6 @@ class Clock:
 
     def peak_bytes(self, step: Step) -> int:
         """Return how much one call allocates at most at a time, its results included and its inputs not."""
-        gc.collect()
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -256,3 +256,24 @@ def test_peak_memory_counts_what_lives_at_the_same_time(modules):
         return torch.empty(1 << 20, dtype=torch.uint8)
 
     assert 2 << 20 <= modules("timing").Clock("cpu", 0.01).peak_bytes(step) < 2.1 * (1 << 20)
+
+
+def test_every_op_can_be_run_alone_for_the_sanitizer(modules, capsys):
+    memcheck = modules("memcheck")
+    assert memcheck.main(["mask", "detection", "segment_sums", "--alone"]) == 0
+    assert memcheck.main(["maks", "--alone"]) == 2
+    assert "did you mean 'mask'?" in capsys.readouterr().err
+
+
+def test_the_sanitizer_runs_in_a_process_an_op_and_its_findings_fail(modules, tmp_path, capsys, monkeypatch):
+    memcheck = modules("memcheck")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert memcheck.main(["swap"]) == 2
+    assert "compute-sanitizer is not on PATH" in capsys.readouterr().err
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "$@"; case "$*" in *swap*) exit 86;; esac\n')
+    tool.chmod(0o755)
+    assert memcheck.main(["swap", "mask", "--tool", "racecheck"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["swap", "FAILED"] and lines[-1].split() == ["mask", "clean"]
+    assert "--tool racecheck" in lines[1] and lines[1].endswith("swap --alone")
