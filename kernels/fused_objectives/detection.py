@@ -14,6 +14,9 @@ WIDEST = 2048
 _ROWS = 4  # that a program holds at once
 _WARP = 256  # columns of theirs that one of its warps holds
 _BLOCK = 1024  # tokens of a sample that are added up at once
+_PARTS = (
+    16  # columns of the parts that a program adds up; the first are the total, the bias, and room to align the others
+)
 
 
 class Detection(NamedTuple):
@@ -98,24 +101,11 @@ def _detection(
     token_weights: torch.Tensor | None,
     gradients: bool,
     impl: str,
-) -> tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-]:
+) -> tuple[(torch.Tensor,) * 8]:
     """Return the fields of :class:`Detection` and, with ``gradients`` (else empty), the gradients of ``total`` with
     respect to the logits, ``[N]``, the weight, ``[d]``, and the bias, ``[1]``, all float32."""
-    kernels = uses_triton(impl, hidden) and hidden.numel() and samples
-    run, sum_up = (_losses, _sums) if kernels else (_losses_torch, _sums_torch)
-    per_token, logits, *slopes = run(hidden, weight, bias, labels, segments, sample_weights, token_weights, gradients)
-    sums, counts = sum_up(per_token, token_weights, labels, segments, samples)
-    total = sums.sum() if sample_weights is None else (sums * sample_weights.float()).sum()
-    return total, sums, counts, per_token, logits, *slopes
+    run = _detect if uses_triton(impl, hidden) and hidden.numel() and samples else _detect_torch
+    return run(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients)
 
 
 @_detection.register_fake
@@ -181,86 +171,91 @@ def _(upstream, slopes, weight, dtype, impl):
     return slopes.new_empty(len(slopes), len(weight), dtype=dtype)
 
 
-def _losses_torch(hidden, weight, bias, labels, segments, sample_weights, token_weights, gradients):
-    """Return losses, logits and slopes as :func:`_losses` does, by plain torch."""
+def _detect_torch(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients):
+    """Do what the kernels do by plain torch."""
     real = (labels != IGNORED) & (segments >= 0)
     wide = torch.where(real[:, None], hidden, 0).float().contiguous()  # sums in the same order for all strides
     logits = (wide * weight.float()).sum(1)
     logits = torch.where(real, logits if bias is None else logits + bias.float(), 0)
     signed = torch.where(labels == 1, -logits, logits)
     per_token = torch.where(real, signed.clamp(min=0) + torch.log1p(torch.exp(-signed.abs())), 0)
+
+    weighted = per_token if token_weights is None else per_token * token_weights.float()
+    sums = sum_per_sample(weighted, segments, samples, "torch")
+    owner = torch.where(segments < 0, samples, segments)
+    counts = owner.new_zeros(samples + 1).index_add(0, owner, real.long())[:samples]
+    total = sums.sum() if sample_weights is None else (sums * sample_weights.float()).sum()
+    results = total, sums, counts, per_token, logits
     if not gradients:
-        return per_token, logits, *(logits.new_empty(0) for _ in range(3))
+        return *results, *(logits.new_empty(0) for _ in range(3))
+
     slopes = torch.where(labels == 1, -torch.sigmoid(signed), torch.sigmoid(signed))
     if sample_weights is not None:
         slopes = slopes * spread(sample_weights.float(), segments)
     if token_weights is not None:
         slopes = slopes * token_weights.float()
     slopes = torch.where(real, slopes, 0)
-    return per_token, logits, slopes, (slopes[:, None] * wide).sum(0), slopes.sum().view(1)
+    return *results, slopes, (slopes[:, None] * wide).sum(0), slopes.sum().view(1)
 
 
-def _sums_torch(per_token, token_weights, labels, segments, samples):
-    """Return each sample's sum of weighted losses and count of labels, by plain torch."""
-    weighted = per_token if token_weights is None else per_token * token_weights.float()
-    owner = torch.where(segments < 0, samples, segments)
-    counts = owner.new_zeros(samples + 1).index_add(0, owner, (labels != IGNORED).long())[:samples]
-    return sum_per_sample(weighted, segments, samples, "torch"), counts
-
-
-def _losses(hidden, weight, bias, labels, segments, sample_weights, token_weights, gradients):
-    """Return losses and logits, ``[N]``; slopes (gradients with respect to the logits, ``[N]``), and the gradients of
-    weight, ``[d]``, and bias, ``[1]``, all three empty without ``gradients``."""
+def _detect(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients):
+    """Launch the kernels: one over the tokens, one that adds up."""
     tokens, width = hidden.shape
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    labels, segments = labels.contiguous(), segments.contiguous()
+    sample_weights = None if sample_weights is None else sample_weights.contiguous()
+    token_weights = None if token_weights is None else token_weights.contiguous()
     columns = _columns(width)
     programs = min(-(-tokens // _ROWS), _programs(columns, hidden.device))
-    per_token = hidden.new_empty(tokens, dtype=torch.float32)
-    logits = torch.empty_like(per_token)
-    slopes = per_token.new_empty(tokens if gradients else 0)
-    weight_parts = per_token.new_empty(programs if gradients else 0, width)
-    bias_parts = per_token.new_empty(programs if gradients else 0)
+
+    def floats(*shape):
+        return hidden.new_empty(shape, dtype=torch.float32)
+
+    per_token, logits = floats(tokens), floats(tokens)
+    slopes, weight_gradient, bias_gradient = map(floats, (tokens, width, 1) if gradients else (0, 0, 0))
+    parts = floats(programs, _PARTS + (width if gradients else 0))
     detection_kernel[(programs,)](
         hidden,
         weight.contiguous(),
         bias,
-        labels.contiguous(),
-        segments.contiguous(),
-        None if sample_weights is None else sample_weights.contiguous(),
-        None if token_weights is None else token_weights.contiguous(),
+        labels,
+        segments,
+        sample_weights,
+        token_weights,
         per_token,
         logits,
         slopes,
-        weight_parts,
-        bias_parts,
+        parts,
         tokens,
         width,
         hidden.stride(0),
         GRADIENTS=gradients,
+        PARTS=_PARTS,
         ROWS=_ROWS,
         BLOCK_D=columns,
         num_warps=columns // _WARP,
     )
-    if not gradients:
-        return per_token, logits, *(per_token.new_empty(0) for _ in range(3))
-    return per_token, logits, slopes, weight_parts.sum(0), bias_parts.sum(0, keepdim=True)
-
-
-def _sums(per_token, token_weights, labels, segments, samples):
-    """Return each sample's sum of weighted losses and count of labels."""
     starts, ends = spans(segments, samples, "triton")
-    sums, counts = per_token.new_empty(samples), starts.new_empty(samples)
-    detection_sums_kernel[(samples,)](
+    total, sums, counts = floats(), floats(samples), starts.new_empty(samples)
+    detection_sums_kernel[(samples + -(-parts.shape[1] // _PARTS),)](
         per_token,
-        None if token_weights is None else token_weights.contiguous(),
-        labels.contiguous(),
+        token_weights,
+        labels,
         starts,
         ends,
         sums,
         counts,
+        parts,
+        total,
+        bias_gradient,
+        weight_gradient,
+        samples,
+        programs,
+        parts.shape[1],
         BLOCK=_BLOCK,
+        PARTS=_PARTS,
     )
-    return sums, counts
+    return total, sums, counts, per_token, logits, slopes, weight_gradient, bias_gradient
 
 
 def _columns(width: int) -> int:
@@ -271,11 +266,11 @@ def _columns(width: int) -> int:
 
 
 def _programs(columns: int, device: torch.device) -> int:
-    """Return how many programs share the rows: as many as a GPU's registers hold at once, a few in the interpreter."""
+    """Return how many programs share the rows: 16 warps a multiprocessor, as many as its registers hold at once, or few in
+    the interpreter."""
     if device.type != "cuda":
         return 3
-    warps = 24 if columns < WIDEST else 16
-    return torch.cuda.get_device_properties(device).multi_processor_count * warps * _WARP // columns
+    return torch.cuda.get_device_properties(device).multi_processor_count * 16 * _WARP // columns
 
 
 @jit(do_not_specialize=["tokens"])
@@ -290,16 +285,17 @@ def detection_kernel(
     per_token_ptr,
     logits_ptr,
     slopes_ptr,
-    weight_parts_ptr,
-    bias_parts_ptr,
+    parts_ptr,
     tokens,
     width,
     hidden_stride,
     GRADIENTS: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Tiles of whole rows in turn to the programs, each of which sums its part of the weight's gradient."""
+    """Tiles of whole rows in turn to the programs. Each writes a row of parts that are then added up: of the total and,
+    with GRADIENTS, of the gradients of the bias and, from column PARTS on, the weight."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     within = columns < width
@@ -309,6 +305,7 @@ def detection_kernel(
         bias = tl.load(bias_ptr).to(tl.float32)
     weight_part = tl.zeros([BLOCK_D], tl.float32)
     bias_part = tl.zeros([ROWS], tl.float32)
+    total_part = tl.zeros([ROWS], tl.float32)
     for first in range(program * ROWS, tokens, tl.num_programs(0) * ROWS):
         rows = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = rows < tokens
@@ -320,26 +317,31 @@ def detection_kernel(
         logit = tl.where(real, tl.sum(hidden * weight[None, :], 1) + bias, 0.0)
         signed = tl.where(label == 1, -logit, logit)
         small = tl.exp(-tl.abs(signed))
-        loss = tl.maximum(signed, 0.0) + _log1p(small)
+        loss = tl.where(real, tl.maximum(signed, 0.0) + _log1p(small), 0.0)
+        scale = tl.full([ROWS], 1.0, tl.float32)
+        if sample_weights_ptr is not None:
+            scale *= tl.load(sample_weights_ptr + segment, mask=real, other=0.0).to(tl.float32)
+        if token_weights_ptr is not None:
+            scale *= tl.load(token_weights_ptr + rows, mask=real, other=0.0).to(tl.float32)
+        total_part += scale * loss
         tl.store(logits_ptr + rows, logit, mask=inside)
-        tl.store(per_token_ptr + rows, tl.where(real, loss, 0.0), mask=inside)
+        tl.store(per_token_ptr + rows, loss, mask=inside)
         if GRADIENTS:
-            slope = tl.where(signed >= 0, 1.0, small) / (1.0 + small)
-            slope = tl.where(label == 1, -slope, slope)
-            if sample_weights_ptr is not None:
-                slope *= tl.load(sample_weights_ptr + segment, mask=real, other=0.0).to(tl.float32)
-            if token_weights_ptr is not None:
-                slope *= tl.load(token_weights_ptr + rows, mask=real, other=0.0).to(tl.float32)
-            slope = tl.where(real, slope, 0.0)
+            slope = scale * tl.where(signed >= 0, 1.0, small) / (1.0 + small)
+            slope = tl.where(real, tl.where(label == 1, -slope, slope), 0.0)
             tl.store(slopes_ptr + rows, slope, mask=inside)
             weight_part += tl.sum(slope[:, None] * hidden, 0)
             bias_part += slope
     if GRADIENTS:
-        tl.store(weight_parts_ptr + program.to(tl.int64) * width + columns, weight_part, mask=within)
-        tl.store(bias_parts_ptr + program, tl.sum(bias_part))
+        parts_ptr += program * (PARTS + width)
+        tl.store(parts_ptr + 1, tl.sum(bias_part))
+        tl.store(parts_ptr + PARTS + columns, weight_part, mask=within)
+    else:
+        parts_ptr += program * PARTS
+    tl.store(parts_ptr, tl.sum(total_part))
 
 
-@jit
+@jit(do_not_specialize=["samples", "rows", "columns"])
 def detection_sums_kernel(
     per_token_ptr,
     token_weights_ptr,
@@ -348,22 +350,43 @@ def detection_sums_kernel(
     ends_ptr,
     sums_ptr,
     counts_ptr,
+    parts_ptr,
+    total_ptr,
+    bias_gradient_ptr,
+    weight_gradient_ptr,
+    samples,
+    rows,
+    columns,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One program a sample."""
-    sample = tl.program_id(0)
-    end = tl.load(ends_ptr + sample)
-    total = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros([BLOCK], tl.int64)
-    for first in range(tl.load(starts_ptr + sample), end, BLOCK):
-        places = first + tl.arange(0, BLOCK)
-        losses = tl.load(per_token_ptr + places, mask=places < end, other=0.0)
-        if token_weights_ptr is not None:
-            losses *= tl.load(token_weights_ptr + places, mask=places < end, other=0.0).to(tl.float32)
-        total += losses
-        count += (tl.load(labels_ptr + places, mask=places < end, other=-100) != -100).to(tl.int64)
-    tl.store(sums_ptr + sample, tl.sum(total))
-    tl.store(counts_ptr + sample, tl.sum(count))
+    """The first programs add up a sample each, the others PARTS columns each of the parts."""
+    program = tl.program_id(0)
+    if program < samples:
+        end = tl.load(ends_ptr + program)
+        total = tl.zeros([BLOCK], tl.float32)
+        count = tl.zeros([BLOCK], tl.int64)
+        for first in range(tl.load(starts_ptr + program), end, BLOCK):
+            places = first + tl.arange(0, BLOCK)
+            losses = tl.load(per_token_ptr + places, mask=places < end, other=0.0)
+            if token_weights_ptr is not None:
+                losses *= tl.load(token_weights_ptr + places, mask=places < end, other=0.0).to(tl.float32)
+            total += losses
+            count += (tl.load(labels_ptr + places, mask=places < end, other=-100) != -100).to(tl.int64)
+        tl.store(sums_ptr + program, tl.sum(total))
+        tl.store(counts_ptr + program, tl.sum(count))
+    else:
+        column = (program - samples) * PARTS + tl.arange(0, PARTS)
+        parts = tl.zeros([256, PARTS], tl.float32)
+        within = column < columns
+        for above in range(0, rows, 256):
+            row = above + tl.arange(0, 256)
+            parts_places = row[:, None] * columns + column[None, :]
+            parts += tl.load(parts_ptr + parts_places, mask=(row < rows)[:, None] & within[None, :], other=0.0)
+        sums = tl.sum(parts, 0)
+        tl.store(total_ptr + column, sums, mask=column == 0)
+        tl.store(bias_gradient_ptr + column - 1, sums, mask=(column == 1) & (columns > PARTS))
+        tl.store(weight_gradient_ptr + column - PARTS, sums, mask=(column >= PARTS) & within)
 
 
 @jit
@@ -402,19 +425,23 @@ def _configurations():
             tile, warps = {"ROWS": _ROWS, "BLOCK_D": columns}, columns // _WARP
             inputs = {"hidden_ptr": dtype, "weight_ptr": dtype, "bias_ptr": dtype}
             inputs |= {"labels_ptr": "*i64", "segments_ptr": "*i64"} | weights
-            outputs = ("per_token_ptr", "logits_ptr", "slopes_ptr", "weight_parts_ptr", "bias_parts_ptr")
+            outputs = ("per_token_ptr", "logits_ptr", "slopes_ptr", "parts_ptr")
             signature = inputs | dict.fromkeys(outputs, "*fp32") | sizes | {"hidden_stride": "i32:16"}
-            yield Configuration(detection_kernel, signature, {"GRADIENTS": True} | tile, warps)
+            yield Configuration(detection_kernel, signature, {"GRADIENTS": True, "PARTS": _PARTS} | tile, warps)
             if columns == 1024:  # the least that can be asked for
                 absent = dict.fromkeys(("bias_ptr", *weights))
                 signature = {name: kind for name, kind in signature.items() if name not in absent}
-                yield Configuration(detection_kernel, signature, absent | {"GRADIENTS": False} | tile, warps)
+                yield Configuration(
+                    detection_kernel, signature, absent | {"GRADIENTS": False, "PARTS": _PARTS} | tile, warps
+                )
             inputs = {"upstream_ptr": "*fp32", "slopes_ptr": "*fp32", "weight_ptr": dtype, "gradient_ptr": dtype}
             yield Configuration(detection_hidden_gradient_kernel, inputs | sizes, tile, warps)
 
     sums = {"per_token_ptr": "*fp32", "token_weights_ptr": "*fp32", "labels_ptr": "*i64", "starts_ptr": "*i64"}
-    sums |= {"ends_ptr": "*i64", "sums_ptr": "*fp32", "counts_ptr": "*i64"}
-    yield Configuration(detection_sums_kernel, sums, {"BLOCK": _BLOCK})
+    sums |= {"ends_ptr": "*i64", "sums_ptr": "*fp32", "counts_ptr": "*i64", "parts_ptr": "*fp32"}
+    sums |= {"total_ptr": "*fp32", "bias_gradient_ptr": "*fp32", "weight_gradient_ptr": "*fp32"}
+    sums |= {"samples": "i32", "rows": "i32", "columns": "i32"}
+    yield Configuration(detection_sums_kernel, sums, {"BLOCK": _BLOCK, "PARTS": _PARTS})
 
 
 CONFIGURATIONS = list(_configurations())
