@@ -266,8 +266,8 @@ def _columns(width: int) -> int:
 
 
 def _programs(columns: int, device: torch.device) -> int:
-    """Return how many programs share the rows: 16 warps a multiprocessor, as many as its registers hold at once, or few in
-    the interpreter."""
+    """Return how many programs share the rows: 16 warps a multiprocessor, which its registers hold at once; few in the
+    interpreter."""
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count * 16 * _WARP // columns
