@@ -276,6 +276,12 @@ def test_inputs_of_different_dtypes_mix(place):
             assert torch.allclose(found["hidden"].double(), exact["hidden"], rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("programs", [1, 300])
+def test_the_number_of_programs_does_not_matter(place, monkeypatch, programs):
+    monkeypatch.setattr(detection, "_programs", lambda columns, device: programs)
+    assert_right(make((1300,), 3, place.device, place.dtype), "triton")
+
+
 def poisoned(function):
     def allocate(*args, **options):
         memory = function(*args, **options)
