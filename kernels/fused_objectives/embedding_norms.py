@@ -3,7 +3,7 @@
 import torch
 
 from fused_objectives.backend import Configuration, jit, tl, uses_triton
-from fused_objectives.gram import ALIGNMENT, aligned, gram_row_sums
+from fused_objectives.gram import ALIGNMENT, aligned, gram_row_sums, inner_columns
 from fused_objectives.segments import per_token, spans, sum_per_sample
 
 _BLOCK, _WARPS = 64, 8
@@ -193,15 +193,11 @@ def _tied_cross_term_triton(
         HAS_BIAS=bias is not None,
         SOFT_CAP=soft_cap is not None,
         BLOCK=_BLOCK,
-        INNER=_inner(hidden.dtype),
+        INNER=inner_columns(hidden.dtype),
         ALIGNMENT=ALIGNMENT,
         num_warps=_WARPS,
     )
     return sums
-
-
-def _inner(dtype: torch.dtype) -> int:
-    return 64 if dtype.itemsize == 2 else 16
 
 
 @jit
@@ -294,7 +290,7 @@ CONFIGURATIONS = [
         | {"first_ptr": "*i64", "last_ptr": "*i64", "sums_ptr": "*fp32"}
         | {"hidden_stride": "i64", "weight_stride": "i64", "gradients_stride": "i64", "rows": "i64", "width": "i32"}
         | {name: "fp32" for name in ("target_share", "smoothing", "z_loss", "soft_cap")},
-        {"HAS_BIAS": bias, "SOFT_CAP": cap, "BLOCK": _BLOCK, "INNER": _inner(dtype), "ALIGNMENT": ALIGNMENT},
+        {"HAS_BIAS": bias, "SOFT_CAP": cap, "BLOCK": _BLOCK, "INNER": inner_columns(dtype), "ALIGNMENT": ALIGNMENT},
         num_warps=_WARPS,
     )
     for element, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))

@@ -146,7 +146,7 @@ def _gram_row_sums_triton(
         SYMMETRIC=symmetric,
         BIAS=bias,
         BLOCK=_BLOCK,
-        INNER=_inner(left_gradients.dtype),
+        INNER=inner_columns(left_gradients.dtype),
         ALIGNMENT=ALIGNMENT,
         num_warps=_WARPS,
     )
@@ -164,7 +164,7 @@ def aligned(operand: torch.Tensor) -> torch.Tensor:
     return copy
 
 
-def _inner(dtype: torch.dtype) -> int:
+def inner_columns(dtype: torch.dtype) -> int:
     """How many columns of inputs or gradients a step takes: fewer in float32, which needs more registers."""
     return 64 if dtype.itemsize == 2 else 16
 
@@ -285,7 +285,7 @@ CONFIGURATIONS = [
             "SYMMETRIC": symmetric,
             "BIAS": bias,
             "BLOCK": _BLOCK,
-            "INNER": _inner(dtype),
+            "INNER": inner_columns(dtype),
             "ALIGNMENT": ALIGNMENT,
         },
         num_warps=_WARPS,

@@ -21,9 +21,8 @@ def test_it_is_the_weighted_sum_of_each_samples_own_gradient(place, impl, d, p):
     samples = gradients_one_by_one(linear, inputs.double(), gradients.double(), segments)
     exact = sum(w * gradient for w, [gradient] in zip(weights.double(), samples, strict=True))
     scaled = (gradients * per_token(weights, segments)[:, None]).to(place.dtype)
-    for narrow in (gradients, inputs)[d < p :][:1]:
-        narrow[segments < 0] = torch.nan  # padding of the operand that is scaled
-        narrow[segments == 3] = torch.inf  # and what weighs 0
+    narrower = inputs if d < p else gradients
+    narrower[segments < 0], narrower[segments == 3] = torch.nan, torch.inf  # padding, and what weighs 0
     ours = weighted_gradient(inputs, gradients, segments, weights, impl=impl)
     assert ours.dtype == place.dtype
     assert_as_accurate(ours, scaled.T @ torch.where(inputs.isfinite(), inputs, 0), exact)
@@ -35,9 +34,10 @@ def test_it_is_the_weighted_sum_of_each_samples_own_gradient(place, impl, d, p):
 def test_operands_may_be_views_of_any_stride(place, impl):
     segments, weights = packed_segments(place.device), WEIGHTS.to(place.device)
     inputs, gradients = random_matrix(place, 48), random_matrix(place, 32, seed=1)
-    expected = weighted_gradient(inputs, gradients, segments, weights, impl=impl)
+    scaled = gradients * per_token(weights, segments)[:, None]
     turned, wide = gradients.T.contiguous().T, torch.cat([inputs, inputs], 1)[:, 48:]
-    assert torch.equal(weighted_gradient(wide, turned, segments, weights, impl=impl), expected)
+    ours = weighted_gradient(wide, turned, segments, weights, impl=impl)
+    assert_as_accurate(ours, scaled.to(place.dtype).T @ inputs, scaled.double().T @ inputs.double())
     row = gradients[:1].expand(len(segments), 32)
     expected = weighted_gradient(inputs, row.contiguous(), segments, weights, impl=impl)
     assert torch.equal(weighted_gradient(inputs, row, segments, weights, impl=impl), expected)
