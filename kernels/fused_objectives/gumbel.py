@@ -41,10 +41,12 @@ def gumbel(word: torch.Tensor) -> torch.Tensor:
 
     It lies between −3.14 and 22.88, falls as the word grows, and has a float's relative accuracy at both ends.
     """
-    share = (word.float() + 0.5) * 2.0**-32
-    rest = ((0xFFFFFFFF - word).float() + 0.5) * 2.0**-32
-    series = share * (1 + share * (1 / 2 + share * (1 / 3 + share * (1 / 4 + share * (1 / 5 + share / 6)))))
-    return -torch.where(share < _SERIES_BELOW, series, -rest.log()).log()
+    share = word.float().add_(0.5).mul_(2.0**-32)
+    rest = (0xFFFFFFFF - word).float().add_(0.5).mul_(2.0**-32)
+    series = share / 6
+    for order in range(5, 0, -1):
+        series.add_(1 / order).mul_(share)
+    return torch.where(share < _SERIES_BELOW, series, rest.log_().neg_()).log_().neg_()
 
 
 def sample(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -53,7 +55,7 @@ def sample(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     A row's call of Philox gives two words, the key of its noise; its entry v takes word v mod 4 of the counter v // 4.
     """
     count = scores.shape[1]
-    first, second, _, _ = draws.words(
+    first, second, *_ = draws.words(
         sampling.seed,
         sampling.stream,
         sampling.positions,
@@ -61,8 +63,12 @@ def sample(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         sampling.sample_ids,
         sampling.visits,
     )
-    counters = torch.arange(-(-count // 4), device=scores.device)
-    words = philox_of_key(first[:, None], second[:, None], counters.expand(len(scores), -1))
+    counters = torch.arange(-(-count // 4), device=scores.device).expand(len(scores), -1)
+    if scores.is_cuda:
+        words = philox_of_key(first[:, None], second[:, None], counters)
+    else:  # numpy's loops take half as long as torch's
+        words = philox_of_key(first.numpy()[:, None], second.numpy()[:, None], counters.numpy())
+        words = tuple(map(torch.from_numpy, words))
     noise = gumbel(torch.stack(words, -1).flatten(1)[:, :count])
     return (scores / sampling.temperature).add_(noise).nan_to_num_(-torch.inf, torch.inf, -torch.inf).argmax(1)
 

@@ -16,7 +16,7 @@ from fused_objectives.targets import IGNORED
 _BLOCK, _WARPS = 1024, 8
 ALIGNMENT = 64
 """Rows of logits begin at a multiple of so many entries, for wide loads here and in the matrix products."""
-_TORCH_VALUES = 2**19
+_TORCH_VALUES = 2**17
 
 
 class Terms(NamedTuple):
