@@ -175,7 +175,8 @@ def _detect_torch(hidden, weight, bias, labels, segments, samples, sample_weight
     """Do what the kernels do by plain torch."""
     real = (labels != IGNORED) & (segments >= 0)
     wide = torch.where(real[:, None], hidden, 0).float().contiguous()  # sums in the same order for all strides
-    logits = (wide * weight.float()).sum(1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = wide @ weight.float().contiguous()
     logits = torch.where(real, logits if bias is None else logits + bias.float(), 0)
     signed = torch.where(labels == 1, -logits, logits)
     per_token = torch.where(real, signed.clamp(min=0) + torch.log1p(torch.exp(-signed.abs())), 0)
@@ -195,7 +196,9 @@ def _detect_torch(hidden, weight, bias, labels, segments, samples, sample_weight
     if token_weights is not None:
         slopes = slopes * token_weights.float()
     slopes = torch.where(real, slopes, 0)
-    return *results, slopes, (slopes[:, None] * wide).sum(0), slopes.sum().view(1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        weight_gradient = slopes @ wide
+    return *results, slopes, weight_gradient, slopes.sum().view(1)
 
 
 def _detect(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients):
