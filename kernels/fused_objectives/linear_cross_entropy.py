@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from fused_objectives.gram import gram_row_sums
 from fused_objectives.gumbel import Sampling
@@ -240,7 +241,7 @@ def _head(
             longest = rows if hidden.is_cuda or not samples else int(counts.max())
         kept = min(-(-max(longest - 1, 0) // chunk), max(rows - 1, 0) // chunk)
     padded = -(-vocabulary // ALIGNMENT) * ALIGNMENT
-    ring = hidden.new_empty(kept + 1, chunk, padded, dtype=dtype)
+    ring = hidden.new_zeros(kept + 1, chunk, padded, dtype=dtype)  # what pads stays 0, and adds nothing to the norms
     parts = [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
     for index, part in enumerate(parts):
         logits = _view(ring, index, part, vocabulary)
@@ -270,10 +271,9 @@ def _head(
             first, last = (
                 (edge[part] - against.start).clamp(0, against.stop - against.start) for edge in (begins, ends)
             )
-            others = inputs[against], _view(ring, other, against, vocabulary)
-            products = gram_row_sums(
-                inputs[part], logits, *others, first, last, symmetric=itself, bias=bias is not None, impl=impl
-            )
+            here = inputs[part], _view(ring, index, part, padded)
+            there = inputs[against], _view(ring, other, against, padded)
+            products = gram_row_sums(*here, *there, first, last, symmetric=itself, bias=bias is not None, impl=impl)
             row_norms[part] += products if itself else 2 * products
 
     sums = sum_per_sample(loss_weights * losses, owners, samples, impl)
@@ -293,9 +293,9 @@ def _head(
     )
 
 
-def _view(ring: torch.Tensor, index: int, part: slice, vocabulary: int) -> torch.Tensor:
+def _view(ring: torch.Tensor, index: int, part: slice, columns: int) -> torch.Tensor:
     """Return the logits of a chunk, which is ``index``-th and has the rows ``part``, within the ring of those kept."""
-    return ring[index % len(ring), : part.stop - part.start, :vocabulary]
+    return ring[index % len(ring), : part.stop - part.start, :columns]
 
 
 @_head.register_fake
@@ -315,6 +315,14 @@ def _(hidden, weight, bias, targets, segments, samples, *options):
         bias.new_empty(bias.shape) if bias_gradient else floats(0),
         floats(len(hidden), dtype=torch.int64),
     )
+
+
+@register_flop_formula(torch.ops.fused_objectives.linear_cross_entropy)
+def _flops(hidden, weight, bias, targets, segments, samples, *options, **_):
+    """A product for the logits and one for each of the two gradients; without a capacity, of all tokens."""
+    (tokens, width), (vocabulary, _), capacity = hidden, weight, options[5]
+    rows = tokens if capacity is None else min(capacity, tokens)
+    return 2 * rows * width * vocabulary * (1 + sum(options[-5:-3]))
 
 
 def _keep_gradients(ctx, inputs, output):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_objectives import linear_cross_entropy as module
 from fused_objectives.linear_cross_entropy import (
@@ -491,3 +492,14 @@ def test_it_is_a_proper_operator_and_compiles_into_one_graph(impl):
     arguments = (*leaves, batch.targets, batch.segments, 5, *weights, *sizes, *sampling)
     torch.library.opcheck(module._head, (*arguments, True, True, True, torch.float32, impl))
     torch.library.opcheck(module._head, (*arguments, True, False, False, torch.float32, impl))
+
+
+def test_torchs_flop_counter_sees_the_products_over_the_targets():
+    hidden, weight = torch.randn(33, 16), torch.randn(101, 16)
+    targets, segments = torch.randint(0, 101, (33,)), torch.zeros(33, dtype=torch.int64)
+    for products, (hidden_gradient, weight_gradient) in ((1, (False, False)), (2, (True, False)), (3, (True, True))):
+        hidden.requires_grad_(hidden_gradient)
+        weight.requires_grad_(weight_gradient)
+        with FlopCounterMode(display=False) as counter:
+            linear_cross_entropy(hidden, weight, targets, segments, 1, capacity=20)
+        assert counter.get_total_flops() == products * 2 * 20 * 16 * 101
