@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cases import EMPTY_LAUNCH, TRAINING
+from cases import EMPTY_LAUNCH, FORWARD, TRAINING
 from losses import GEMMS
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -48,8 +48,14 @@ def draw(records: Iterable[Record], folder: Path, device: str) -> Iterator[Path]
             of_op.setdefault(record.op, []).append(record)
     for op, times in of_op.items():
         modes = {record.mode for record in times}
-        mode = TRAINING if TRAINING in modes else times[0].mode
-        panels = list(_panels([record for record in times if record.mode == mode]))
+        mode = times[0].mode
+        if modes & {FORWARD, TRAINING} == {mode} and len(modes) > 1:  # the others are held against it
+            mode = "all modes"
+            times = [record._replace(provider=f"{record.provider}, {record.mode}") for record in times]
+        else:
+            mode = TRAINING if TRAINING in modes else mode
+            times = [record for record in times if record.mode == mode]
+        panels = list(_panels(times))
         if panels:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{op}.png"
@@ -109,7 +115,7 @@ def _figure(panels: list, title: str, path: Path) -> None:
     handles = {line.get_label(): line for panel in axes[0] for line in panel.get_lines()}
     figure.legend(handles=list(handles.values()), loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
 def _style(provider: str, taken: dict[str, dict]) -> dict:
