@@ -39,6 +39,8 @@ class Provider:
     """Left out on a CPU, where it would be the same as another one or means nothing."""
     in_graph: bool = True
     """False for what makes the host wait, which no CUDA graph can hold, or does not run on the GPU."""
+    works: bool = True
+    """False for what does nothing of the op's work, so that it has no rates."""
 
 
 @dataclass(frozen=True)
@@ -159,4 +161,4 @@ def empty_launch(inputs: SimpleNamespace, mode: str) -> Step:
     return lambda: _nothing_kernel[(1,)]()
 
 
-EMPTY_LAUNCH = Provider("empty launch", empty_launch, gpu_only=True)
+EMPTY_LAUNCH = Provider("empty launch", empty_launch, gpu_only=True, works=False)

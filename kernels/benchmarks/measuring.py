@@ -103,10 +103,10 @@ class Meter:
             except Exception as error:
                 print(f"  {provider.name} runs in no CUDA graph: {_reason(error)}")
         metrics[PEAK] = (None, self.clock.peak_bytes(step) / 2**20, None)
-        metrics[BANDWIDTH] = _rates(work.bytes / 1e6, times)
-        metrics[RATE] = _rates(work.flops / 1e9, times)
-        metrics[FLOOR] = _rates(self.floors.milliseconds(work), times)
-        return {name: values for name, values in metrics.items() if values[1] > 0 or name == PEAK}
+        rates = {BANDWIDTH: work.bytes / 1e6, RATE: work.flops / 1e9, FLOOR: self.floors.milliseconds(work)}
+        if provider.works:
+            metrics |= {name: _rates(amount, times) for name, amount in rates.items() if amount > 0}
+        return metrics
 
 
 def _rates(amount: float, times: Quantiles) -> Quantiles:
