@@ -41,7 +41,8 @@ def measure(path: Path, *arguments: str) -> list[dict]:
 def test_a_run_appends_rows_that_say_what_was_measured_where_and_when(tmp_path, capsys, modules):
     path = tmp_path / "results" / "cpu.csv"
     rows = measure(path, "segment_sums", "--providers", "medley")
-    assert {row["op"] for row in rows} == {"segment_sums"} and {row["provider"] for row in rows} == {"medley"}
+    assert {row["op"] for row in rows} == {"segment_sums"}
+    assert "medley" in {row["provider"] for row in rows} <= {"medley", "medley, impl=torch"}
     assert {row["metric"] for row in rows} >= {"time_ms", "peak_mib", "gb_s", "floor_fraction"}
     for row in rows:
         assert row["mode"] == "forward" and row["shape"].startswith("tokens=") and row["gpu"] and row["date"]
