@@ -95,9 +95,7 @@ class Objective(ABC):
         in 0..1."""
 
     @abstractmethod
-    def loss(
-        self, model: MultiObjectiveModel, view: View, weights: torch.Tensor | None = None
-    ) -> dict[str, TermLoss]:
+    def loss(self, model: MultiObjectiveModel, view: View, weights: torch.Tensor | None = None) -> dict[str, TermLoss]:
         """Return term → loss; ``weights [S]`` float32 are the samples', None means 1."""
 
 

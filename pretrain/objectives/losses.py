@@ -1,9 +1,9 @@
 """What losses at target places have in common: only targets meet the head, and the head's logits stay in chunks."""
 
 import torch
-from fused_objectives.linear_cross_entropy import linear_cross_entropy
 from torch import nn
 
+from fused_objectives.linear_cross_entropy import linear_cross_entropy
 from fused_objectives.targets import IGNORED, compact
 from pretrain.objectives.base import LabelledView, TermLoss
 

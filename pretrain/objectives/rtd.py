@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from fused_objectives.detection import detection_loss
-from fused_objectives.generator_sampling import linear_cross_entropy_and_sample
-from fused_objectives.replacing import replace_tokens
 from pydantic import Field, model_validator
 from torch import nn
 from transformers.activations import ACT2FN
 
+from fused_objectives.detection import detection_loss
+from fused_objectives.generator_sampling import linear_cross_entropy_and_sample
+from fused_objectives.replacing import replace_tokens
 from fused_objectives.targets import IGNORED, compact
 from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
