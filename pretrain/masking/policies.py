@@ -3,9 +3,9 @@
 from typing import Literal
 
 import torch
-from fused_objectives.masking import Masked, mask_tokens
 from pydantic import model_validator
 
+from fused_objectives.masking import Masked, mask_tokens
 from fused_objectives.targets import capacity_for
 from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
