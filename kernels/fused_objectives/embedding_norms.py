@@ -94,7 +94,7 @@ def tied_cross_term(
 def _embedding_norms(
     gradients: torch.Tensor, tokens: torch.Tensor, segments: torch.Tensor, samples: int, impl: str
 ) -> torch.Tensor:
-    first, last = (per_token(bounds, segments) for bounds in spans(segments, samples))
+    first, last = (per_token(bounds, segments) for bounds in spans(segments, samples, impl))
     sums = gram_row_sums(
         None, gradients, None, gradients, first, last, symmetric=True, left_ids=tokens, right_ids=tokens, impl=impl
     )
@@ -126,7 +126,7 @@ def _tied_cross_term(
 ) -> torch.Tensor:
     owners = torch.where(targets < 0, -1, target_segments)
     tokens = torch.where(segments < 0, 0, tokens)  # rows of the matrix are read for padding within a tile, too
-    first, last = (per_token(bounds, owners) for bounds in spans(segments, samples))
+    first, last = (per_token(bounds, owners) for bounds in spans(segments, samples, impl))
     launch = _tied_cross_term_triton if uses_triton(impl, hidden) else _tied_cross_term_torch
     operands = (hidden, weight, targets, log_normalizers, tokens, gradients, bias)
     sums = launch(*operands, first, last, label_smoothing, z_loss, soft_cap)

@@ -235,7 +235,7 @@ def _head(
     chunk = max(1, min(chunk_rows, rows))
     kept = 0
     if squared_norms:
-        begins = per_token(spans(owners, samples)[0], owners)
+        begins = per_token(spans(owners, samples, impl)[0], owners)
         ends = torch.where(unused, 0, torch.arange(1, rows + 1, device=hidden.device))
         if longest is None:
             longest = rows if hidden.is_cuda or not samples else int(counts.max())

@@ -90,7 +90,7 @@ def _linear_norms(
     method: str,
     impl: str,
 ) -> torch.Tensor:
-    starts, ends = spans(segments, samples)
+    starts, ends = spans(segments, samples, impl)
     if method == "auto":
         d, p = inputs.shape[1], gradients.shape[1]
         if longest is None:
@@ -122,7 +122,7 @@ def _linear_norms_and_gradient(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     instantiate = _instantiate_triton if uses_triton(impl, inputs) else _instantiate_torch
-    norms, gradient = instantiate(inputs, gradients, *spans(segments, samples), weights, gradient=True)
+    norms, gradient = instantiate(inputs, gradients, *spans(segments, samples, impl), weights, gradient=True)
     return norms, gradient.to(dtype)
 
 

@@ -1,7 +1,8 @@
 """Matrix products that are added up and returned in float32, whatever the dtype of their operands, and weighted sums of
 a matrix's rows.
 
-cuBLAS does so for 16-bit operands (``out_dtype``, torch 2.8 and later, CUDA only). Elsewhere they are converted.
+cuBLAS does so for 16-bit operands (``out_dtype``, CUDA only; torch 2.8 and later, to add to float32 sums 2.10 and
+later). Elsewhere they are converted.
 """
 
 import torch

@@ -110,7 +110,7 @@ def _norms_triton(gradients, inputs, statistics, segments, samples, shift):
     if not samples * tiles:
         return gradients.new_zeros(samples, dtype=torch.float32)
     parts = gradients.new_empty(samples, tiles, dtype=torch.float32)
-    starts, ends = spans(segments, samples)
+    starts, ends = spans(segments, samples, "triton")
     scale = inputs is not None
     inputs, statistics = (inputs, statistics) if scale else (gradients, parts)  # or not read
     vector_norms_kernel[(samples, tiles)](
@@ -151,13 +151,13 @@ def statistics_kernel(
     totals = tl.zeros([ROWS, COLUMNS], tl.float32)
     if not RMS:
         for start in range(0, width, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
+            column = (start + tl.arange(0, COLUMNS)).to(tl.int64)
             fits = inside[:, None] & (column < width)
             totals += tl.load(inputs_ptr + column * column_stride, mask=fits, other=0.0).to(tl.float32)
     mean = tl.sum(totals, 1) / width
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, width, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
+        column = (start + tl.arange(0, COLUMNS)).to(tl.int64)
         fits = inside[:, None] & (column < width)
         centred = tl.load(inputs_ptr + column * column_stride, mask=fits, other=0.0).to(tl.float32) - mean[:, None]
         squares += tl.where(fits, centred * centred, 0.0)
@@ -187,7 +187,7 @@ def vector_norms_kernel(
     """One program a sample and tile of columns: sums over the sample's rows, then the sum of their squares."""
     sample, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = tl.load(starts_ptr + sample), tl.load(ends_ptr + sample)
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    column = (tile * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)  # for strides of as many rows as there may be
     gradients_ptr += column * gradients_column_stride
     inputs_ptr += column * inputs_column_stride
     scale = tl.zeros([ROWS, COLUMNS], tl.float32)

@@ -77,7 +77,7 @@ def _scale_rows_triton(matrix: torch.Tensor, row_weights: torch.Tensor) -> torch
 def scale_rows_kernel(matrix_ptr, weights_ptr, scaled_ptr, row_stride, column_stride, width, BLOCK: tl.constexpr):
     """One program a row and block of columns."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     weight = tl.load(weights_ptr + row)
     values = tl.load(matrix_ptr + row * row_stride + column * column_stride, mask=column < width, other=0.0)
     scaled = tl.where(weight == 0, 0.0, values.to(tl.float32) * weight)
