@@ -55,13 +55,14 @@ def compact(is_target: torch.Tensor, capacity: int | None = None) -> Targets:
     return Targets(places[:capacity], slots, count)
 
 
-def capacity_for(tokens: int, rate: float, multiple: int = 128) -> int:
-    """Return a capacity that independently chosen targets exceed with a probability below 10⁻¹².
+def capacity_for(tokens: int, rate: float, together: int = 1, multiple: int = 128) -> int:
+    """Return a capacity that randomly chosen targets exceed with a probability below 10⁻¹².
 
     Args:
         tokens: how many may be chosen.
         rate: probability of each.
+        together: how many are chosen or left together at most, such as the tokens of a word; 1 if independently.
         multiple: the capacity is rounded up to one of it, and never above ``tokens``.
     """
-    spread = 8 * math.sqrt(tokens * rate * (1 - rate))
-    return min(tokens, math.ceil((tokens * rate + spread + 8) / multiple) * multiple)
+    spread = 8 * math.sqrt(tokens * rate * (1 - rate) * together)
+    return min(tokens, math.ceil((tokens * rate + spread + 8 * together) / multiple) * multiple)

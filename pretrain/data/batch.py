@@ -1,10 +1,12 @@
 """A micro-batch: rows of tokens, and which sample every token belongs to."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 
+from pretrain.data.annotations import NO_UNIT, Annotation
 from pretrain.data.store import Store
 
 
@@ -30,6 +32,8 @@ class Batch:
     """``[S]`` int64: tokens of each sample."""
     sample_rows: torch.Tensor
     """``[S]`` int64: each sample's row in the step's global batch; the same whatever the ranks and micro-batches."""
+    units: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Annotation → ``[rows, length]`` int64: the number of each token's unit within its sample, ``NO_UNIT`` in none."""
 
     @property
     def real(self) -> torch.Tensor:
@@ -43,8 +47,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "units"}
+        moved = {name: array.to(device, non_blocking=True) for name, array in arrays.items()}
+        units = {name: array.to(device, non_blocking=True) for name, array in self.units.items()}
+        return replace(self, **moved, units=units)
 
 
 def collate(
@@ -54,6 +60,7 @@ def collate(
     first_row: int,
     row_length: int,
     pad_id: int,
+    annotations: Mapping[str, Annotation] | None = None,
 ) -> Batch:
     """Lay samples out in rows.
 
@@ -64,6 +71,7 @@ def collate(
         first_row: number of the first row within the step's global batch.
         row_length: places a row.
         pad_id: token that fills what is left.
+        annotations: those of the store whose units are wanted, by name.
     """
     ids = np.concatenate(rows) if rows else np.empty(0, np.int64)
     lengths = store.lengths[ids].astype(np.int64)
@@ -77,10 +85,16 @@ def collate(
     places = np.repeat(sample_rows * row_length + column - starts, lengths) + counted
     flat = np.full((3, len(rows) * row_length), -1, np.int64)
     flat[0], flat[2] = pad_id, 0
-    flat[0, places] = store.tokens[np.repeat(store.offsets[ids] - starts, lengths) + counted]
+    sources = np.repeat(store.offsets[ids] - starts, lengths) + counted
+    flat[0, places] = store.tokens[sources]
     flat[1, places] = segments
     flat[2, places] = counted - np.repeat(starts, lengths)
     tokens, segment_ids, position_ids = torch.from_numpy(flat.reshape(3, len(rows), row_length))
+    units = {}
+    for name, annotation in (annotations or {}).items():
+        laid_out = np.full(len(rows) * row_length, NO_UNIT, np.int64)
+        laid_out[places] = annotation.units[sources]
+        units[name] = torch.from_numpy(laid_out.reshape(len(rows), row_length))
     return Batch(
         tokens=tokens,
         segment_ids=segment_ids,
@@ -89,4 +103,5 @@ def collate(
         visits=torch.from_numpy(np.concatenate(visits) if visits else np.empty(0, np.int64)),
         lengths=torch.from_numpy(lengths),
         sample_rows=torch.from_numpy(sample_rows + first_row),
+        units=units,
     )

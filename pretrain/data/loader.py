@@ -1,12 +1,14 @@
 """The loader: the endless, deterministic sequence of global batches, and each rank's part of them."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from fused_objectives.philox import philox
+from pretrain.data.annotations import Annotation
 from pretrain.data.batch import Batch, collate
 from pretrain.data.order import shuffled
 from pretrain.data.packing import pack
@@ -45,6 +47,7 @@ class Loader:
         pad_id: token that fills the rows.
         packing: several samples a row; otherwise one.
         window: samples that are packed together.
+        annotations: those of the store that batches shall bring, by name.
 
     Raises:
         UserError: for a store that is empty or has samples longer than a row.
@@ -63,6 +66,7 @@ class Loader:
         pad_id: int = 0,
         packing: bool = True,
         window: int = 4096,
+        annotations: Mapping[str, Annotation] | None = None,
     ):
         if len(store) == 0:
             raise UserError(f"{store.folder}: the store is empty")
@@ -72,6 +76,7 @@ class Loader:
                 f"use {store.max_length} or more"
             )
         self.store, self.seed, self.row_length, self.pad_id = store, seed, row_length, pad_id
+        self.annotations = annotations
         self.batch_rows, self.micro_batch_rows = batch_rows, micro_batch_rows
         self.rank, self.world_size = rank, world_size
         self.packing, self.window_size = packing, min(window, len(store))
@@ -130,7 +135,7 @@ class Loader:
 
     def _micro_batch(self, rows: list[np.ndarray], visits: list[np.ndarray], start: int) -> Batch:
         part = slice(start, start + self.micro_batch_rows)
-        return collate(self.store, rows[part], visits[part], start, self.row_length, self.pad_id)
+        return collate(self.store, rows[part], visits[part], start, self.row_length, self.pad_id, self.annotations)
 
     def state_dict(self) -> dict:
         """Return the position, and what must be equal for it to mean the same samples."""

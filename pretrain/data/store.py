@@ -81,6 +81,15 @@ class Store:
         start = self.offsets[sample_id]
         return self.tokens[start : start + self.lengths[sample_id]]
 
+    def token_counts(self, vocabulary_size: int, sampled: int = 2**22, pieces: int = 64) -> np.ndarray:
+        """Count tokens in ``pieces`` evenly spaced parts of the store, ``sampled`` tokens in all or the whole of a
+        smaller one; ``[vocabulary_size]`` int64."""
+        total, size = len(self.tokens), -(-sampled // pieces)
+        if total <= sampled:
+            return np.bincount(self.tokens, minlength=vocabulary_size)
+        starts = np.linspace(0, total - size, pieces).astype(np.int64)
+        return sum(np.bincount(self.tokens[start : start + size], minlength=vocabulary_size) for start in starts)
+
     @property
     def fingerprint(self) -> str:
         """sha256 over tokens and index, computed when the store was made; two stores that differ, differ here."""

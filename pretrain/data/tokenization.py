@@ -55,6 +55,24 @@ def barred_ids(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
     return special_ids(tokenizer) - ({tokenizer.unk_token_id} - duties)
 
 
+def continues_word(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+    """Return the sorted int64 ids of tokens that belong to the word of the token before them.
+
+    WordPiece marks them ("##ing"); byte-level BPE and SentencePiece mark those that begin a word ("Ġthe", "▁the"). A
+    vocabulary with neither mark has whole words only, as far as can be told.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = special_ids(tokenizer)
+    ordinary = [(index, token) for index, token in enumerate(tokens) if token and index not in special]
+    if any(token.startswith("##") for _, token in ordinary):
+        continuing = [index for index, token in ordinary if token.startswith("##")]
+    elif any(token[0] in "Ġ▁" for _, token in ordinary):
+        continuing = [index for index, token in ordinary if token[0] not in "Ġ▁"]
+    else:
+        continuing = []
+    return np.array(continuing, np.int64)
+
+
 def frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     """Return the special ids before and after a sample's text.
 

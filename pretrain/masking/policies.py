@@ -1,97 +1,182 @@
-"""Masking: which tokens a recipe hides, and what becomes of them."""
+"""Masking policies: which tokens are chosen. What becomes of them is the masker's affair.
 
-from typing import Literal
+All draw from counter-based words, so a choice is a function of (seed, stream, sample, visit) and not of the batch.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
-from pydantic import model_validator
 
-from fused_objectives.masking import Masked, mask_tokens
-from fused_objectives.targets import capacity_for
-from pretrain.config import Config, Scheduled, ScheduledFraction
+from fused_objectives import draws
+from pretrain.data.annotations import NO_UNIT, PARTS_OF_SPEECH
 from pretrain.data.batch import Batch
-from pretrain.errors import UserError
+from pretrain.masking.config import MaskingConfig
 from pretrain.model.vocabulary import Vocabulary
 
 
-class SplitConfig(Config):
-    """What happens to a chosen token; whatever ``mask`` and ``random`` leave is kept as it is."""
+@dataclass(frozen=True)
+class Draws:
+    """The random words of a batch's tokens."""
 
-    mask: ScheduledFraction = Scheduled(start=0.8)
-    """Fraction that becomes the mask token."""
-    random: ScheduledFraction = Scheduled(start=0.1)
-    """Fraction that becomes a random token of the ordinary vocabulary."""
+    batch: Batch
+    seed: int
+    stream: str
 
-    @model_validator(mode="after")
-    def _sums_to_one(self):
-        moments = {percent / 100 for percent in range(101)} | {*self.mask.steps, *self.random.steps}
-        if any(self.mask.at(moment) + self.random.at(moment) > 1 + 1e-9 for moment in moments):
-            raise ValueError("mask and random sum to more than 1")
-        return self
-
-
-class MaskingConfig(Config):
-    """Which tokens are chosen, how many, and what becomes of them."""
-
-    policy: Literal["random"] = "random"
-    """``random``: every ordinary token alike (arXiv 1810.04805)."""
-    rate: ScheduledFraction = Scheduled(start=0.15)
-    """Expected fraction of ordinary tokens that are chosen."""
-    split: SplitConfig = SplitConfig()
-
-    @model_validator(mode="after")
-    def _hides_something(self):
-        if max(self.rate.values()) == 0:
-            raise ValueError("rate 0 hides nothing")
-        return self
+    def choose(self, counters: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
+        """Return ``[rows, length]`` bool: true with ``probability``, alike for all tokens of a sample that share a
+        counter."""
+        batch = self.batch
+        word, *_ = draws.words(self.seed, self.stream, counters, batch.segment_ids, batch.sample_ids, batch.visits)
+        return word < (probability.double() * 2**32).long()
 
 
-class Masker:
-    """Applies a policy: the masked-language-model corruption of a batch, a function of (seed, stream, sample,
-    visit)."""
+@dataclass(frozen=True)
+class Choice:
+    """What a policy chose: units and spans for the kernel to draw, or the tokens themselves."""
 
-    def __init__(self, config: MaskingConfig, vocabulary: Vocabulary, seed: int, stream: str, impl: str = "auto"):
-        if vocabulary.mask_id is None and max(config.split.mask.values()) > 0:
-            raise UserError(
-                "the store's tokenizer has no mask token; prepare the store with one that does, or set split.mask to 0"
-            )
-        self.config, self.seed, self.stream, self.impl = config, seed, stream, impl
-        self.mask_id = vocabulary.mask_id or 0
-        self._tables = {torch.device("cpu"): _tables(vocabulary)}
-
-    def __call__(self, batch: Batch, progress: float) -> Masked:
-        """Return corrupted tokens and labels (``IGNORED`` where not chosen), both ``[rows, length]`` int64."""
-        is_ordinary, ordinary_ids = self._on(batch.tokens.device)
-        return mask_tokens(
-            batch.tokens,
-            batch.segment_ids,
-            batch.position_ids,
-            batch.sample_ids,
-            batch.visits,
-            seed=self.seed,
-            stream=self.stream,
-            is_ordinary=is_ordinary,
-            ordinary_ids=ordinary_ids,
-            mask_id=self.mask_id,
-            rate=self.config.rate.at(progress),
-            mask_share=self.config.split.mask.at(progress),
-            random_share=self.config.split.random.at(progress),
-            impl=self.impl,
-        )
-
-    def capacity(self, batch: Batch, progress: float) -> int | None:
-        """Return a number of targets that a call at ``progress`` does not exceed, known without asking the device; None
-        on the CPU, where asking costs nothing."""
-        return capacity_for(batch.tokens.numel(), self.config.rate.at(progress)) if batch.tokens.is_cuda else None
-
-    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the vocabulary's tables on a device; they travel once."""
-        if device not in self._tables:
-            self._tables[device] = tuple(table.to(device) for table in self._tables[torch.device("cpu")])
-        return self._tables[device]
+    units: torch.Tensor | None = None
+    """``[rows, length]`` int64: the number of each token's unit within its sample; −1 in none. None: its position."""
+    span_lengths: tuple[float, ...] = (1.0,)
+    """Probability that a span has 1, 2, … units."""
+    chosen: torch.Tensor | None = None
+    """``[rows, length]`` bool: the chosen tokens; None leaves the draw to the kernel."""
+    fallbacks: torch.Tensor | None = None
+    """``[]`` int64: samples in which there was nothing to choose from."""
 
 
-def _tables(vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which ids are ordinary, ``[V]`` bool, and the ordinary ids."""
-    is_ordinary = torch.ones(vocabulary.size, dtype=torch.bool)
-    is_ordinary[torch.from_numpy(vocabulary.special_ids)] = False
-    return is_ordinary, torch.from_numpy(vocabulary.ordinary_ids)
+class Policy(ABC):
+    """Chooses the tokens to hide."""
+
+    together = 1
+    """About how many tokens are chosen or left together: what makes their number vary more."""
+
+    def __init__(self, config: MaskingConfig, vocabulary: Vocabulary):
+        self.config, self.vocabulary = config, vocabulary
+
+    @abstractmethod
+    def choose(self, batch: Batch, rate: float, draw: Draws) -> Choice:
+        """Choose ``rate`` of the ordinary tokens of a batch, in expectation."""
+
+
+class Random(Policy):
+    """Every token alike, independently (arXiv 1810.04805)."""
+
+    def choose(self, batch: Batch, rate: float, draw: Draws) -> Choice:
+        return Choice()
+
+
+class WholeWord(Policy):
+    """Every word alike, with all of its tokens."""
+
+    together = 8
+
+    def choose(self, batch: Batch, rate: float, draw: Draws) -> Choice:
+        return Choice(units=words(batch, self.vocabulary))
+
+
+class Span(Policy):
+    """Spans of words or tokens, of geometric length (SpanBERT, arXiv 1907.10529)."""
+
+    together = 32
+
+    def choose(self, batch: Batch, rate: float, draw: Draws) -> Choice:
+        units = words(batch, self.vocabulary) if self.config.span.whole_words else None
+        return Choice(units=units, span_lengths=self.config.span.lengths)
+
+
+class Frequency(Policy):
+    """Rarer tokens more often: in proportion to frequency ** −power, as far as a probability can be."""
+
+    together = 32  # a batch may have more rare tokens than the corpus
+
+    def choose(self, batch: Batch, rate: float, draw: Draws) -> Choice:
+        tables = self.vocabulary.tables(batch.tokens.device)
+        odds = proportional(tables.frequencies, tables.frequencies.clamp(min=1e-9) ** -self.config.power, rate)
+        return Choice(chosen=draw.choose(batch.position_ids, odds[batch.tokens]))
+
+
+class PartOfSpeech(Policy):
+    """Words of some classes more often; the annotation ``pos`` tells a token's class."""
+
+    together = 32
+
+    def choose(self, batch: Batch, rate: float, draw: Draws) -> Choice:
+        classes = batch.units[self.config.annotation_name]
+        weights = [self.config.weights.get(name, 1.0) for name in PARTS_OF_SPEECH]
+        weight = torch.tensor([*weights, 1.0], device=classes.device)[classes.clamp(max=len(weights))]
+        text = self.vocabulary.tables(batch.tokens.device).is_ordinary[batch.tokens] & batch.real
+        probability = rate * weight / _mean_per_sample(batch, weight, text)
+        return Choice(chosen=draw.choose(words(batch, self.vocabulary), probability.clamp(max=1)))
+
+
+class Annotated(Policy):
+    """Units that an annotation marks: entities, or the spans that a learnt policy deems worth recovering.
+
+    Each unit of a sample has the probability that hides ``rate`` of the sample's tokens in expectation, or 1 if its
+    units have too few. In a sample without a unit tokens are chosen at random.
+    """
+
+    together = 32
+
+    def choose(self, batch: Batch, rate: float, draw: Draws) -> Choice:
+        units = batch.units[self.config.annotation_name]
+        inside = units != NO_UNIT
+        text = self.vocabulary.tables(batch.tokens.device).is_ordinary[batch.tokens] & batch.real
+        in_units, in_all = (batch.sum_per_sample(which.long()) for which in (inside & text, text))
+        without = in_units == 0
+        probability = torch.where(without, rate, rate * in_all / in_units.clamp(min=1)).clamp(max=1)
+        lost = _spread(batch, without)
+        chosen = draw.choose(torch.where(lost, batch.position_ids, units), _spread(batch, probability))
+        return Choice(chosen=chosen & (inside | lost), fallbacks=(without & (in_all > 0)).sum())
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "random": Random,
+    "whole_word": WholeWord,
+    "span": Span,
+    "frequency": Frequency,
+    "pos_weighted": PartOfSpeech,
+    "salient": Annotated,
+    "learned": Annotated,
+}
+
+
+def words(batch: Batch, vocabulary: Vocabulary) -> torch.Tensor:
+    """Return the number of each token's word within its sample, ``[rows, length]`` int64; −1 for special tokens and
+    padding, which are in none."""
+    tables = vocabulary.tables(batch.tokens.device)
+    text = tables.is_ordinary[batch.tokens] & batch.real
+    after_text = torch.nn.functional.pad(text[:, :-1], (1, 0)) & (batch.position_ids > 0)
+    begins = text & ~(tables.continues_word[batch.tokens] & after_text)
+    so_far = begins.cumsum(1)
+    earlier = torch.where(batch.position_ids == 0, so_far - begins.long(), 0).cummax(1).values  # of other samples
+    return torch.where(text, so_far - earlier - 1, -1)
+
+
+def proportional(shares: torch.Tensor, weights: torch.Tensor, rate: float) -> torch.Tensor:
+    """Return probabilities in proportion to ``weights``, at most 1, whose mean under ``shares`` is ``rate``.
+
+    Args:
+        shares: ``[n]`` how often each kind occurs; they sum to 1.
+        weights: ``[n]``, not negative.
+    """
+    shares, weights = shares.double(), weights.double()
+    scale = rate / (shares * weights).sum().clamp(min=1e-300)
+    for _ in range(30):  # what is cut off at 1 is made up for by the others
+        reached = (shares * (scale * weights).clamp(max=1)).sum()
+        scale = scale * (rate / reached.clamp(min=1e-300))
+    return (scale * weights).clamp(max=1)
+
+
+def _spread(batch: Batch, values: torch.Tensor) -> torch.Tensor:
+    """Spread ``values [S]`` over the places of each sample; padding gets anything."""
+    if len(values) == 0:
+        return torch.zeros_like(batch.tokens, dtype=values.dtype)
+    return values[batch.segment_ids.clamp(min=0)]
+
+
+def _mean_per_sample(batch: Batch, values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Return the mean of ``values`` over the places of each sample where ``where``, spread over its places."""
+    sums = batch.sum_per_sample(torch.where(where, values, 0))
+    return _spread(batch, sums / batch.sum_per_sample(where.long()).clamp(min=1)).clamp(min=1e-9)

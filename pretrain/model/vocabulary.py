@@ -1,13 +1,29 @@
 """What objectives need to know of a tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
+import torch
 
-from pretrain.data.tokenization import barred_ids
+from pretrain.data.tokenization import barred_ids, continues_word
 
 
 @dataclass(frozen=True)
+class Tables:
+    """What is looked up by token id, on one device."""
+
+    is_ordinary: torch.Tensor
+    """``[V]`` bool: text."""
+    ordinary_ids: torch.Tensor
+    """``[n]`` int64: the ids that are text."""
+    continues_word: torch.Tensor
+    """``[V]`` bool: belongs to the word of the token before."""
+    frequencies: torch.Tensor
+    """``[V]`` float64: share of a store's text, 0 for special tokens."""
+
+
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """Token ids by rôle."""
 
@@ -17,15 +33,31 @@ class Vocabulary:
     mask_id: int | None
     special_ids: np.ndarray
     """Sorted int64 ids that are no text: never masked, never a random replacement."""
+    continuing_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Sorted int64 ids of tokens that belong to the word of the token before."""
+    counts: np.ndarray | None = None
+    """``[size]`` how often each token occurs in a part of the store; None takes all alike."""
 
     @property
     def ordinary_ids(self) -> np.ndarray:
         """Sorted int64 ids that are text."""
         return np.setdiff1d(np.arange(self.size), self.special_ids)
 
+    @cache  # noqa: B019  (one vocabulary a run)
+    def tables(self, device: torch.device) -> Tables:
+        """Return the tables on a device; they travel once."""
+        is_ordinary = np.ones(self.size, bool)
+        is_ordinary[self.special_ids] = False
+        continues = np.zeros(self.size, bool)
+        continues[self.continuing_ids] = True
+        counts = np.where(is_ordinary, 1.0 if self.counts is None else self.counts, 0.0)
+        arrays = is_ordinary, self.ordinary_ids, continues, counts / max(counts.sum(), 1.0)
+        return Tables(*(torch.from_numpy(array).to(device) for array in arrays))
+
     @classmethod
-    def of(cls, tokenizer) -> "Vocabulary":
+    def of(cls, tokenizer, counts: np.ndarray | None = None) -> "Vocabulary":
         """Read a Hugging Face tokenizer; the unknown-word token counts as text."""
         special = barred_ids(tokenizer)
         pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        return cls(len(tokenizer), pad, tokenizer.mask_token_id, np.array(sorted(special), np.int64))
+        special_ids = np.array(sorted(special), np.int64)
+        return cls(len(tokenizer), pad, tokenizer.mask_token_id, special_ids, continues_word(tokenizer), counts)

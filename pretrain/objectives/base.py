@@ -32,6 +32,8 @@ class View:
     """``[rows, length]`` int64, corrupted."""
     counts: dict[str, torch.Tensor]
     """Term → ``[S]`` int64: targets of each sample, known before the forward pass."""
+    tallies: dict[str, torch.Tensor]
+    """What else is worth counting → ``[]`` int64; added up over the global batch and logged."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Objective(ABC):
     def terms(self) -> dict[str, float]:
         """Term → weight within the objective."""
         return {self.name: 1.0}
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        """The annotations of the store that batches must bring: name → kind."""
+        return {}
 
     @property
     def rows_together(self) -> int:

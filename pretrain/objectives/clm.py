@@ -36,7 +36,7 @@ class CausalLanguageModelling(Objective):
         labels = torch.full_like(batch.tokens, IGNORED)
         same_sample = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & batch.real[:, 1:]
         labels[:, :-1] = torch.where(same_sample, batch.tokens[:, 1:], IGNORED)
-        return LabelledView(batch, batch.tokens, {self.name: (batch.lengths - 1).clamp(min=0)}, labels)
+        return LabelledView(batch, batch.tokens, {self.name: (batch.lengths - 1).clamp(min=0)}, {}, labels)
 
     def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
         layout = Layout(view.batch, causal=True, implementation=model.encoder.attention)

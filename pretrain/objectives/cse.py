@@ -79,7 +79,7 @@ class ContrastiveSentenceEmbeddings(Objective):
         itself = torch.eye(len(groups), dtype=torch.bool, device=groups.device)
         twice = batch.sample_ids[:, None] == batch.sample_ids[None, :]  # one text seen twice is no negative
         candidates = itself | (same_group & ~twice)
-        return GroupedView(batch, batch.tokens, {self.name: (candidates.sum(1) > 1).long()}, candidates)
+        return GroupedView(batch, batch.tokens, {self.name: (candidates.sum(1) > 1).long()}, {}, candidates)
 
     def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
         batch = view.batch

@@ -6,7 +6,8 @@ from fused_objectives.targets import IGNORED
 from pretrain.config import Config
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
-from pretrain.masking.policies import Masker, MaskingConfig
+from pretrain.masking.config import MaskingConfig
+from pretrain.masking.masker import Masker
 from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
 from pretrain.objectives.base import LabelledView, Objective, TermLoss, View, register
@@ -31,6 +32,10 @@ class MaskedLanguageModelling(Objective):
         super().__init__(config, vocabulary, seed, impl)
         self.masker = Masker(config.masking, vocabulary, seed, stream=self.name, impl=impl)
 
+    @property
+    def annotations(self) -> dict[str, str]:
+        return self.masker.annotations
+
     def check(self, encoder: Encoder) -> None:
         if encoder.causal_only:
             raise UserError(
@@ -41,9 +46,10 @@ class MaskedLanguageModelling(Objective):
         return {"vocabulary": encoder.vocabulary_head()}
 
     def corrupt(self, batch: Batch, progress: float) -> View:
-        tokens, labels = self.masker(batch, progress)
+        tokens, labels, capacity, fallbacks = self.masker(batch, progress)
         counts = batch.sum_per_sample((labels != IGNORED).long())
-        return LabelledView(batch, tokens, {self.name: counts}, labels, self.masker.capacity(batch, progress))
+        tallies = {f"{self.name}/masked_at_random": fallbacks} if self.annotations else {}
+        return LabelledView(batch, tokens, {self.name: counts}, tallies, labels, capacity)
 
     def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
         hidden = model.encoder(view.tokens, Layout(view.batch, implementation=model.encoder.attention))

@@ -14,7 +14,8 @@ from fused_objectives.targets import IGNORED, compact
 from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
-from pretrain.masking.policies import Masker, MaskingConfig, SplitConfig
+from pretrain.masking.config import MaskingConfig, SplitConfig
+from pretrain.masking.masker import Masker
 from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
 from pretrain.model.generator import Generator
@@ -93,6 +94,10 @@ class ReplacedTokenDetection(Objective):
     def terms(self) -> dict[str, float]:
         return {"rtd/generator": 1.0, "rtd/discriminator": self.config.discriminator_weight}
 
+    @property
+    def annotations(self) -> dict[str, str]:
+        return self.masker.annotations
+
     def check(self, encoder: Encoder) -> None:
         if encoder.causal_only:
             raise UserError(
@@ -111,9 +116,10 @@ class ReplacedTokenDetection(Objective):
         }
 
     def corrupt(self, batch: Batch, progress: float) -> View:
-        tokens, labels = self.masker(batch, progress)
+        tokens, labels, capacity, fallbacks = self.masker(batch, progress)
         counts = {"rtd/generator": batch.sum_per_sample((labels != IGNORED).long()), "rtd/discriminator": batch.lengths}
-        return LabelledView(batch, tokens, counts, labels, self.masker.capacity(batch, progress))
+        tallies = {"rtd/masked_at_random": fallbacks} if self.annotations else {}
+        return LabelledView(batch, tokens, counts, tallies, labels, capacity)
 
     def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
         batch, encoder = view.batch, model.encoder

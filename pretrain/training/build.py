@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fused_objectives.backend import why_no_triton
+from pretrain.data.annotations import Annotation
 from pretrain.data.loader import Loader
 from pretrain.data.store import Store
 from pretrain.data.tokenization import load_tokenizer
@@ -50,8 +51,10 @@ class Parts:
         return self._loader(self.heldout, rows, 0, rank, world_size)
 
     def _loader(self, store: Store, batch_rows: int, seed: int, rank: int, world_size: int) -> Loader:
+        wanted = {name: kind for one in self.model.objectives.values() for name, kind in one.annotations.items()}
         return Loader(
             store,
+            annotations={name: Annotation(store, name, kind) for name, kind in wanted.items()},
             seed=seed,
             row_length=self.row_length,
             batch_rows=batch_rows,
@@ -77,7 +80,7 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
     """
     store, heldout = _open_stores(recipe)
     tokenizer = _load_own_tokenizer(Path(recipe.data.store) / "tokenizer", store)
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, store.token_counts(len(tokenizer)))
     sampler = build_sampler(recipe.sampler, list(recipe.objective_configs), recipe.seed, recipe.source)
     torch.manual_seed(recipe.seed)
     longest = max(store.max_length, heldout.max_length if heldout is not None else 0)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from pretrain.data.annotations import PARTS_OF_SPEECH
 from pretrain.data.batch import Batch, collate
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
@@ -24,7 +25,10 @@ def largest_batch(parts: Parts) -> Batch:
     source = SimpleNamespace(
         tokens=ordinary[np.arange(sizes.sum()) % len(ordinary)], offsets=np.cumsum(sizes) - sizes, lengths=sizes
     )
-    return collate(source, list(ids), list(np.zeros_like(ids)), 0, row_length, parts.vocabulary.pad_id)
+    made_up = SimpleNamespace(units=np.arange(sizes.sum()) % len(PARTS_OF_SPEECH))
+    names = {name for objective in parts.model.objectives.values() for name in objective.annotations}
+    annotations = dict.fromkeys(names, made_up)
+    return collate(source, list(ids), list(np.zeros_like(ids)), 0, row_length, parts.vocabulary.pad_id, annotations)
 
 
 def dry_run(parts: Parts, engine: Engine) -> str:

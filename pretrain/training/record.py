@@ -17,6 +17,8 @@ class StepFacts:
     """Objective → the sampler's probability."""
     targets: dict[str, float]
     """Term → targets in the global batch."""
+    tallies: dict[str, float]
+    """What else the objectives counted in the global batch."""
     sums: dict[str, float]
     """Term → sum of losses over the global batch."""
     learning_rate: float
@@ -35,6 +37,7 @@ class StepFacts:
             "losses": losses,
             "terms": means,
             "targets": {term: int(count) for term, count in self.targets.items()},
+            "tallies": {name: int(number) for name, number in self.tallies.items()},
             "plan": self.plan,
             "probabilities": self.probabilities,
             "effective_sample_size": 1.0,

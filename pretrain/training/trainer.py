@@ -54,7 +54,7 @@ class Trainer:
         batch = self.loader.next()
         plan = self.sampler.plan(self.step)
         views = [self.corrupt(micro_batch, plan) for micro_batch in batch.micro_batches]
-        targets = self.count_targets(views)
+        targets, tallies = self.count(views)
         scales = self.loss_scales(plan, targets)
 
         self.engine.begin_step()
@@ -73,7 +73,7 @@ class Trainer:
         self.step, self.tokens = self.step + 1, self.tokens + batch.tokens
 
         seconds = time.monotonic() - began
-        facts = StepFacts(batch, plan, probabilities, targets, sums, learning_rate, grad_norm, seconds)
+        facts = StepFacts(batch, plan, probabilities, targets, tallies, sums, learning_rate, grad_norm, seconds)
         return {
             "step": self.step,
             **facts.record(self.model.objectives),
@@ -87,13 +87,18 @@ class Trainer:
         batch, progress = batch.to(self.engine.device), self.step / self.config.steps
         return {name: self.model.objectives[name].corrupt(batch, progress) for name in plan}
 
-    def count_targets(self, views: list[dict[str, View]]) -> dict[str, float]:
-        """Return term → targets in the global batch: over all ranks and micro-steps."""
-        local: dict[str, torch.Tensor] = {}
+    def count(self, views: list[dict[str, View]]) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the targets of each term and the objectives' tallies in the global batch: over all ranks and
+        micro-steps."""
+        targets: dict[str, torch.Tensor] = {}
+        tallies: dict[str, torch.Tensor] = {}
         for view in (view for micro_views in views for view in micro_views.values()):
             for term, counts in view.counts.items():
-                local[term] = local.get(term, 0) + counts.sum()
-        return dict(zip(local, self.engine.all_reduce(torch.stack([*local.values()])).tolist(), strict=True))
+                targets[term] = targets.get(term, 0) + counts.sum()
+            for name, number in view.tallies.items():
+                tallies[name] = tallies.get(name, 0) + number
+        totals = self.engine.all_reduce(torch.stack([*targets.values(), *tallies.values()])).tolist()
+        return dict(zip(targets, totals, strict=False)), dict(zip(tallies, totals[len(targets) :], strict=True))
 
     def loss_scales(self, plan: dict[str, float], targets: dict[str, float]) -> dict[str, float]:
         """Return term → what a sum of losses is multiplied with: share × weight / global count."""

@@ -1,4 +1,5 @@
-from dataclasses import fields
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ LENGTHS = [3, 1, 9, 2, 7, 12, 5]
 def assert_equal(one: Batch, other: Batch) -> None:
     for field in fields(Batch):
         a, b = getattr(one, field.name), getattr(other, field.name)
-        assert a.dtype == b.dtype == torch.int64 and torch.equal(a, b), field.name
+        if field.name == "units":
+            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        else:
+            assert a.dtype == b.dtype == torch.int64 and torch.equal(a, b), field.name
 
 
 @pytest.mark.parametrize("rows", [[[2, 0], [5], [1, 3, 6, 1]], [[4]], [[0], [1], [2]]], ids=str)
@@ -51,5 +55,20 @@ def test_sums_per_sample_leave_padding_out():
 
 def test_to_moves_every_field():
     batch = padded(random_samples(LENGTHS))
+    batch = replace(batch, units={"words": batch.tokens})
     moved = batch.to(torch.device("meta"))
-    assert all(getattr(moved, field.name).is_meta for field in fields(Batch))
+    assert all(getattr(moved, field.name).is_meta for field in fields(Batch) if field.name != "units")
+    assert moved.units["words"].is_meta
+
+
+def test_units_of_annotations_lie_at_their_tokens_and_padding_has_none(tmp_path):
+    samples = random_samples(LENGTHS)
+    store = write_store(tmp_path / "store", samples)
+    units = np.arange(sum(LENGTHS), dtype=np.uint16)
+    rows, visits = [np.array([2, 0]), np.array([5])], [np.zeros(2, np.int64), np.zeros(1, np.int64)]
+    batch = collate(store, rows, visits, 0, 14, 99, {"some": SimpleNamespace(units=units)})
+    starts = np.cumsum(LENGTHS) - LENGTHS
+    for number, sample in enumerate((2, 0, 5)):
+        found = batch.units["some"][batch.segment_ids == number]
+        assert found.tolist() == list(range(starts[sample], starts[sample] + LENGTHS[sample]))
+    assert (batch.units["some"][~batch.real] == 65535).all()

@@ -1,200 +1,202 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import DataCollatorForLanguageModeling
 
 from fused_objectives.targets import IGNORED
 from pretrain.config import parse
+from pretrain.data.annotations import NO_UNIT, PARTS_OF_SPEECH
 from pretrain.errors import UserError
-from pretrain.masking.policies import Masker, MaskingConfig
-from pretrain.model.vocabulary import Vocabulary
-from tests.builders import CLS, MASK, PAD, SEP, UNK, VOCABULARY, lay_out, padded, random_samples, word_tokenizer
+from pretrain.masking.config import MaskingConfig, SpanConfig
+from pretrain.masking.masker import Masker
+from pretrain.masking.policies import POLICIES, proportional, words
+from tests.builders import CLS, MASK, SEP, VOCABULARY, lay_out, padded, random_samples
+
+# Every third ordinary id goes on with the word before it.
+WORDS = replace(VOCABULARY, continuing_ids=VOCABULARY.ordinary_ids[::3])
+LENGTHS = [60, 1, 37, 2, 90, 17, 44]
 
 
-def masker(seed: int = 1, stream: str = "mlm", vocabulary: Vocabulary = VOCABULARY, **keys) -> Masker:
-    return Masker(parse(MaskingConfig, keys, "test"), vocabulary, seed, stream)
+def masker(policy: str, vocabulary=WORDS, seed: int = 1, **keys) -> Masker:
+    return Masker(parse(MaskingConfig, {"policy": policy, **keys}, "test"), vocabulary, seed, "mlm")
 
 
-def many(samples: int, length: int = 128):
-    """Return a batch of random text of many samples, one a row, made without a loop over places."""
-    text = torch.from_numpy(np.random.default_rng(0).choice(VOCABULARY.ordinary_ids, (samples, length)))
-    text[:, 0], text[:, -9], text[:, -8:] = CLS, SEP, PAD
-    batch = padded([np.array([CLS])] * samples, row_length=length)
-    real = (torch.arange(length) < length - 8).expand(samples, length)
-    return type(batch)(
-        tokens=text,
-        segment_ids=torch.where(real, torch.arange(samples)[:, None], -1),
-        position_ids=torch.where(real, torch.arange(length), 0),
-        sample_ids=batch.sample_ids,
-        visits=batch.visits,
-        lengths=torch.full((samples,), length - 8),
-        sample_rows=batch.sample_rows,
-    )
+def chosen_by(policy: str, batch, **keys) -> torch.Tensor:
+    return masker(policy, **keys)(batch, 0.0).labels != IGNORED
 
 
-def ordinary(batch) -> torch.Tensor:
-    """Return which places hold text."""
+def text_of(batch) -> torch.Tensor:
     return batch.real & ~torch.isin(batch.tokens, torch.from_numpy(VOCABULARY.special_ids))
 
 
-def kinds(tokens: torch.Tensor, corrupted: torch.Tensor, chosen: torch.Tensor) -> np.ndarray:
-    """Count the chosen tokens that became the mask, another token, or stayed; and those not chosen."""
-    masked = chosen & (corrupted == MASK)
-    other = chosen & ~masked & (corrupted != tokens)
-    kept = chosen & (corrupted == tokens)
-    return np.array([masked.sum().item(), other.sum().item(), kept.sum().item(), (~chosen).sum().item()])
+def annotated(batch, spans: dict[int, list[tuple[int, int]]], name: str = "salient"):
+    """Mark spans, given by sample as (first position, one behind the last), as units."""
+    units = torch.full_like(batch.tokens, NO_UNIT)
+    for sample, pairs in spans.items():
+        for number, (start, end) in enumerate(pairs):
+            inside = (batch.segment_ids == sample) & (batch.position_ids >= start) & (batch.position_ids < end)
+            units[inside] = number
+    return replace(batch, units={name: units})
 
 
-def within(count: int, n: int, p: float) -> bool:
-    """Whether a count lies inside the central 99.99 % of its binomial distribution."""
-    low, high = stats.binom.interval(0.9999, n, p)
-    return low <= count <= high
+def many(samples: int = 300, length: int = 62, seed: int = 0):
+    return padded(random_samples([length] * samples, seed=seed))
 
 
-def test_statistics_are_those_of_transformers_collator():
-    """Over 1.1 million tokens: each within the exact binomial bounds, and alike to each other."""
-    batch = many(9300)
-    corrupted, labels = masker()(batch, 0.0)
-    collator = DataCollatorForLanguageModeling(word_tokenizer(), seed=3)
-    theirs = collator([{"input_ids": row} for row in batch.tokens.tolist()])
-    assert ordinary(batch).sum() > 10**6
-    # The collator lets the unknown word alone, which is text to us; count it out on both sides.
-    counted = ordinary(batch) & (batch.tokens != UNK)
-    ours = kinds(batch.tokens[counted], corrupted[counted], (labels != IGNORED)[counted])
-    reference = kinds(batch.tokens[counted], theirs["input_ids"][counted], (theirs["labels"] != IGNORED)[counted])
-    assert stats.chi2_contingency([ours, reference]).pvalue > 1e-4
-    n, vocabulary = int(counted.sum()), len(VOCABULARY.ordinary_ids)
-    chosen = ours[:3].sum()
-    assert within(chosen, n, 0.15)
-    assert within(ours[0], chosen, 0.8)
-    assert within(ours[1], chosen, 0.1 * (1 - 1 / vocabulary))
+def with_units(batch, name: str):
+    """Give every sample of a batch a few units, whatever the policy makes of them."""
+    units = torch.where(batch.position_ids % 7 < 3, batch.position_ids // 7, NO_UNIT)
+    return replace(batch, units={name: torch.where(batch.real, units, NO_UNIT)})
 
 
-def test_random_replacements_are_uniform_over_ordinary_tokens():
-    batch = many(1500)
-    corrupted, labels = masker(rate=0.9, split={"mask": 0.0, "random": 1.0})(batch, 0.0)
-    replaced = corrupted[labels != IGNORED].numpy()
-    counts = np.bincount(replaced, minlength=VOCABULARY.size)
-    assert counts[VOCABULARY.special_ids].sum() == 0
-    assert stats.chisquare(counts[VOCABULARY.ordinary_ids]).pvalue > 1e-4
+def test_words_are_numbered_within_each_sample_and_special_tokens_are_in_none():
+    samples = random_samples(LENGTHS)
+    packed = lay_out([samples[:3], samples[3:5], [], samples[5:]], row_length=101)
+    continuing = set(WORDS.continuing_ids.tolist())
+    found = words(packed, WORDS)
+    for number, sample in enumerate(samples):
+        word, expected, after_text = -1, [], False
+        for token in sample.tolist():
+            if token in (CLS, SEP, MASK):
+                expected.append(-1)
+                after_text = False
+                continue
+            word += not (after_text and token in continuing)
+            expected.append(word)
+            after_text = True
+        assert found[packed.segment_ids == number].tolist() == expected
+    assert (found[~packed.real] == -1).all()
+    assert words(lay_out([[], []], row_length=5), WORDS).tolist() == [[-1] * 5] * 2
 
 
-@pytest.mark.parametrize("keys", [{}, {"rate": 1.0}, {"rate": 1.0, "split": {"mask": 0.0, "random": 1.0}}], ids=str)
-def test_special_tokens_and_padding_are_never_touched_nor_special_tokens_inserted(keys):
-    batch = many(101)
-    corrupted, labels = masker(**keys)(batch, 0.0)
-    special = torch.isin(batch.tokens, torch.from_numpy(VOCABULARY.special_ids)) | ~batch.real
-    assert torch.equal(corrupted[special], batch.tokens[special])
-    assert (labels[special] == IGNORED).all()
-    changed = corrupted[corrupted != batch.tokens]
-    assert len(changed) > 0 and not torch.isin(changed, torch.tensor([PAD, CLS, SEP])).any()
+def test_whole_words_are_chosen_with_all_of_their_tokens_at_the_rate():
+    batch = many(2000)
+    chosen, unit = chosen_by("whole_word", batch), words(batch, WORDS)
+    same_word = (unit[:, 1:] == unit[:, :-1]) & (unit[:, 1:] >= 0)
+    assert torch.equal(chosen[:, 1:][same_word], chosen[:, :-1][same_word]) and same_word.any()
+    count = int((unit.amax(1) + 1).sum())
+    first = unit.diff(dim=1, prepend=torch.full_like(unit[:, :1], -1)) > 0
+    low, high = stats.binom.interval(0.9999, count, 0.15)
+    assert low <= int((chosen & first).sum()) <= high
 
 
-def test_padding_that_looks_like_text_is_not_touched():
-    sample = random_samples([9])[0]
-    batch = lay_out([[sample]], row_length=40, pad=77)
-    corrupted, labels = masker(rate=1.0)(batch, 0.0)
-    assert (corrupted[0, 9:] == 77).all() and (labels[0, 9:] == IGNORED).all()
-    assert (labels[0, 1:8] != IGNORED).all()
+@pytest.mark.parametrize("whole_words", [True, False])
+def test_spans_cover_the_rate_and_run_longer_than_single_tokens(whole_words):
+    batch = many(2000)
+    chosen = chosen_by("span", batch, rate=0.3, span={"whole_words": whole_words})
+    assert chosen[text_of(batch)].double().mean() == pytest.approx(0.3, abs=0.01)
+    goes_on = (chosen[:, 1:] & chosen[:, :-1]).sum() / chosen[:, :-1].sum()
+    assert goes_on > 0.6  # independent tokens: 0.3
 
 
-def test_labels_are_the_original_tokens_where_chosen_and_only_chosen_tokens_change():
-    batch = many(101)
-    corrupted, labels = masker(rate=0.3)(batch, 0.0)
-    chosen = labels != IGNORED
-    assert torch.equal(labels[chosen], batch.tokens[chosen])
-    assert torch.equal(corrupted[~chosen], batch.tokens[~chosen])
+def test_span_lengths_are_geometric_up_to_the_longest():
+    lengths = SpanConfig(stop=0.2, longest=10).lengths
+    assert sum(lengths) == pytest.approx(1) and len(lengths) == 10
+    assert lengths[3] / lengths[2] == pytest.approx(0.8)
+    assert sum(k * p for k, p in enumerate(lengths, 1)) == pytest.approx(3.8, abs=0.02)  # the paper's mean
 
 
-@pytest.mark.parametrize(("rate", "chosen"), [(1.0, True), (2**-33, False)])
-def test_rates_at_the_ends_are_exact(rate, chosen):
-    batch = many(307)
-    split = {"mask": 1.0, "random": 0.0}
-    corrupted, labels = masker(rate=rate, split=split)(batch, 0.0)
-    eligible = ordinary(batch)
-    assert torch.equal(labels != IGNORED, eligible if chosen else torch.zeros_like(eligible))
-    assert torch.equal(corrupted == MASK, labels != IGNORED)
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_rarer_tokens_are_chosen_more_often_at_the_same_rate(power):
+    rng = np.random.default_rng(0)
+    shares = 1 / np.arange(1, len(VOCABULARY.ordinary_ids) + 1)
+    shares /= shares.sum()
+    text = torch.from_numpy(rng.choice(VOCABULARY.ordinary_ids, (3000, 64), p=shares))
+    batch = replace(many(3000, 64), tokens=text)
+    counts = np.bincount(text.flatten(), minlength=VOCABULARY.size)
+    vocabulary = replace(WORDS, counts=counts)
+    chosen = chosen_by("frequency", batch, vocabulary=vocabulary, power=power)
+    assert chosen.double().mean() == pytest.approx(0.15, abs=0.003)
+    often, seldom = (chosen[text == VOCABULARY.ordinary_ids[rank]].double().mean() for rank in (0, 99))
+    expected = (counts[VOCABULARY.ordinary_ids[0]] / counts[VOCABULARY.ordinary_ids[99]]) ** power
+    assert seldom / often == pytest.approx(min(expected, 1 / float(often)), rel=0.25)
 
 
-def test_rate_and_split_follow_their_schedules():
-    batch = many(801)
-    scheduled = masker(
-        rate={"schedule": "linear", "from": 0.4, "to": 0.2},
-        split={
-            "mask": {"schedule": "steps", "from": 0.7, "steps": {0.5: 0.5}},
-            "random": {"schedule": "cosine", "from": 0.0, "to": 0.5},
-        },
-    )
-    n = int(ordinary(batch).sum())
-    for progress, rate, mask, random in ((0.0, 0.4, 0.7, 0.0), (0.5, 0.3, 0.5, 0.25), (1.0, 0.2, 0.5, 0.5)):
-        corrupted, labels = scheduled(batch, progress)
-        counts = kinds(batch.tokens, corrupted, labels != IGNORED)
-        chosen = counts[:3].sum()
-        assert within(chosen, n, rate)
-        assert within(counts[0], chosen, mask)
-        assert within(counts[1], chosen, random * (1 - 1 / len(VOCABULARY.ordinary_ids)))
+def test_probabilities_in_proportion_keep_their_mean_where_some_reach_one():
+    shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    for rate in (0.1, 0.4, 0.9):
+        odds = proportional(shares, torch.tensor([1.0, 2.0, 8.0, 64.0]), rate)
+        assert float((shares * odds).sum()) == pytest.approx(rate, rel=1e-6)
+        assert (odds <= 1).all() and (odds.diff() >= 0).all()
+    assert float(proportional(shares, torch.tensor([1.0, 2.0, 8.0, 64.0]), 0.4)[3]) == 1.0
 
 
-def test_a_mask_share_may_give_way_to_a_random_share():
-    linear = {
-        "mask": {"schedule": "linear", "from": 1.0, "to": 0.2},
-        "random": {"schedule": "linear", "from": 0, "to": 0.8},
-    }
-    assert parse(MaskingConfig, {"split": linear}, "test").split.random.at(1.0) == 0.8
+def test_parts_of_speech_are_chosen_in_proportion_to_their_weights():
+    batch = many(2000)
+    nouns = words(batch, VOCABULARY) % 2 == 0
+    classes = torch.where(nouns, PARTS_OF_SPEECH.index("NOUN"), PARTS_OF_SPEECH.index("DET"))
+    batch = replace(batch, units={"pos": torch.where(text_of(batch), classes, NO_UNIT)})
+    chosen = chosen_by("pos_weighted", batch, vocabulary=VOCABULARY, weights={"NOUN": 3.0, "DET": 1.0})
+    text = text_of(batch)
+    assert chosen[text].double().mean() == pytest.approx(0.15, abs=0.005)
+    assert chosen[text & nouns].double().mean() / chosen[text & ~nouns].double().mean() == pytest.approx(3, rel=0.1)
 
 
-def test_a_higher_rate_chooses_a_superset():
-    batch = many(53)
-    low, high = (masker(rate=rate)(batch, 0.0)[1] != IGNORED for rate in (0.15, 0.4))
-    assert (low <= high).all() and (high & ~low).any()
+@pytest.mark.parametrize("policy", ["salient", "learned"])
+def test_units_are_chosen_whole_and_at_the_rate_of_all_tokens(policy):
+    plain = many(3000)
+    spans = {sample: [(3, 6), (10, 11), (20, 28), (40, 45)] for sample in range(3000)}  # 17 of 60 tokens
+    batch = annotated(plain, spans, policy)
+    chosen = chosen_by(policy, batch, rate=0.1)
+    units = batch.units[policy]
+    assert not chosen[units == NO_UNIT].any()
+    for number in range(4):
+        inside = chosen[units == number].view(3000, -1)
+        assert torch.equal(inside.any(1), inside.all(1))
+        assert inside[:, 0].double().mean() == pytest.approx(0.1 * 60 / 17, abs=0.035)
 
 
-def test_corruption_is_a_function_of_seed_stream_sample_and_visit_in_any_layout():
-    samples = random_samples([9, 30, 1, 17, 24, 2, 40])
+def test_a_sample_with_too_few_units_has_all_of_them_chosen():
+    batch = annotated(many(5), {sample: [(4, 6)] for sample in range(5)})
+    chosen = chosen_by("salient", batch, rate=0.3)
+    assert torch.equal(chosen, batch.units["salient"] != NO_UNIT)
+
+
+def test_a_sample_without_units_is_masked_at_random_and_counted():
+    samples = random_samples([60] * 400 + [1, 2])
+    batch = annotated(padded(samples), {sample: [(4, 60)] for sample in range(0, 400, 2)})
+    result = masker("salient")(batch, 0.0)
+    chosen = result.labels != IGNORED
+    assert result.fallbacks == 200  # [CLS] alone, and [CLS] [SEP], hold nothing to choose from
+    odd = (batch.segment_ids % 2 == 1) & text_of(batch)
+    assert chosen[odd].double().mean() == pytest.approx(0.15, abs=0.02)
+    assert masker("random")(batch, 0.0).fallbacks == 0
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_every_policy_is_a_function_of_the_sample_and_never_touches_special_tokens(policy):
+    samples = random_samples(LENGTHS)
     ids, visits = [5, 2**34 + 5, 7, 8, 9, 10, 11], [0, 0, 1, 2, 0, 0, 3]
-    packed = lay_out([samples[:3], samples[3:6], samples[6:]], row_length=60, ids=ids, visits=visits)
+    packed = lay_out([samples[:3], samples[3:5], [], samples[5:]], row_length=101, ids=ids, visits=visits)
     alone = padded(samples, ids=ids, visits=visits)
-    for one, other in zip(masker(rate=0.5)(packed, 0.0), masker(rate=0.5)(alone, 0.0), strict=True):
-        assert torch.equal(one[packed.real], other[alone.real])
-    base = masker(rate=0.5)(alone, 0.0)[0]
     later = padded(samples, ids=ids, visits=[visit + 1 for visit in visits])
-    for other in (
-        masker(2, rate=0.5)(alone, 0.0),
-        masker(1, "rtd", rate=0.5)(alone, 0.0),
-        masker(rate=0.5)(later, 0.0),
-    ):
-        assert (base != other[0]).any(1).sum() >= 4
-
-
-def test_a_batch_without_samples_is_left_as_it_is():
-    empty = lay_out([[], []], row_length=5)
-    corrupted, labels = masker(rate=1.0)(empty, 0.0)
-    assert torch.equal(corrupted, empty.tokens) and (labels == IGNORED).all()
-
-
-def test_a_vocabulary_without_a_mask_token_is_refused_unless_nothing_is_masked():
-    bare = Vocabulary(size=20, pad_id=0, mask_id=None, special_ids=np.array([0]))
-    with pytest.raises(UserError, match=r"no mask token.*split\.mask to 0"):
-        masker(vocabulary=bare)
-    masker(vocabulary=bare, split={"mask": 0.0, "random": 1.0})
+    name = masker(policy).config.annotation_name or "none"
+    results = [masker(policy, rate=0.4)(with_units(batch, name), 0.0) for batch in (packed, alone, later)]
+    for one, other in zip(results[0][:2], results[1][:2], strict=True):
+        assert torch.equal(one[packed.real], other[alone.real])
+    assert not torch.equal(results[1].labels, results[2].labels)
+    assert results[0].fallbacks == results[1].fallbacks
+    assert (results[0].labels[~text_of(packed)] == IGNORED).all()
+    assert torch.equal(results[0].tokens[~text_of(packed)], packed.tokens[~text_of(packed)])
+    empty = with_units(lay_out([[], []], row_length=5), name)
+    assert (masker(policy)(empty, 0.0).labels == IGNORED).all()
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"rate": 1.5}, r"^test: rate: must lie between 0 and 1"),
-        ({"rate": -0.1}, r"^test: rate: must lie between 0 and 1"),
-        ({"rate": 0}, r"rate 0 hides nothing"),
-        ({"rate": {"schedule": "linear", "from": 0.3, "to": 1.3}}, r"^test: rate: must lie between 0 and 1"),
-        ({"split": {"mask": 0.8, "random": 0.3}}, r"^test: split: mask and random sum to more than 1"),
-        ({"split": {"random": {"schedule": "cosine", "from": 0, "to": 0.3}}}, r"^test: split: .*more than 1"),
-        ({"policy": "randm"}, r"^test: policy: .*did you mean 'random'\?"),
-        ({"split": {"masks": 0.8}}, r"^test: split\.masks: unknown key; did you mean 'mask'\?"),
+        ({"policy": "spam"}, r"policy: .*did you mean 'span'"),
+        ({"policy": "random", "power": 1.0}, r"'power' goes with policy frequency, not with random"),
+        ({"policy": "span", "annotation": "x"}, r"'annotation' goes with policy salient or learned or pos_weighted"),
+        ({"policy": "pos_weighted", "weights": {"NOON": 2}}, r"weights: 'NOON' is none of ADJ, .*NOUN"),
+        ({"policy": "pos_weighted", "weights": {"NOUN": -1}}, r"weights: NOUN must not be negative"),
+        ({"policy": "salient", "annotation": "../x"}, r"annotation: "),
+        ({"policy": "span", "span": {"longest": 0}}, r"span\.longest"),
     ],
     ids=str,
 )
-def test_a_wrong_masking_key_or_value_is_refused_by_its_name(keys, message):
-    with pytest.raises(UserError, match=message) as caught:
-        masker(**keys)
-    assert "\n" not in str(caught.value)
+def test_what_cannot_work_is_refused_by_its_key(keys, message):
+    with pytest.raises(UserError, match=message):
+        parse(MaskingConfig, keys, "test")

@@ -46,7 +46,7 @@ class WatchedHead(torch.nn.Linear):
 
 def loss_of(labels, hidden, head, capacity=None, weights=None):
     batch = lay_out([random_samples([3, 5]), random_samples([4], seed=1)], row_length=9)
-    view = LabelledView(batch, batch.tokens, {}, labels, capacity)
+    view = LabelledView(batch, batch.tokens, {}, {}, labels, capacity)
     return vocabulary_loss(head, hidden, view, weights, "torch")
 
 
