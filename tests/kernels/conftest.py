@@ -16,16 +16,26 @@ class Place(NamedTuple):
     dtype: torch.dtype
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("cpu", torch.float32), id="interpreter"),
-        pytest.param(("cuda", torch.float32), id="cuda-fp32", marks=pytest.mark.gpu),
-        pytest.param(("cuda", torch.bfloat16), id="cuda-bf16", marks=pytest.mark.gpu),
-    ]
-)
+FP32 = [
+    pytest.param(("cpu", torch.float32), id="interpreter"),
+    pytest.param(("cuda", torch.float32), id="cuda-fp32", marks=pytest.mark.gpu),
+]
+BF16 = pytest.param(("cuda", torch.bfloat16), id="cuda-bf16", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=[*FP32, BF16])
 def place(request) -> Place:
     """Where a kernel is tested; the interpreter cannot compute in 16 bits."""
-    device, dtype = request.param
+    return _place(*request.param)
+
+
+@pytest.fixture(params=FP32)
+def device(request) -> str:
+    """The device of a place, for tests of float32 alone."""
+    return _place(*request.param).device
+
+
+def _place(device: str, dtype: torch.dtype) -> Place:
     if triton is None:
         pytest.skip("Triton is not installed")
     if device == "cpu" and not INTERPRETED:

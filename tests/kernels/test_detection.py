@@ -138,7 +138,8 @@ def test_confident_logits_overflow_nothing_and_keep_their_small_losses(place, im
     assert_right(arguments, impl)
     exact = plain(arguments, torch.float64)
     found = ours(arguments, impl)
-    for name, tolerance in (("per_token", 1e-6), ("hidden", 1e-6 if place.dtype == torch.float32 else 1e-2)):
+    digits = 1e-6 if place.device == "cpu" else 4e-6  # a GPU's fast exponential loses some far from 0
+    for name, tolerance in (("per_token", digits), ("hidden", digits if place.dtype == torch.float32 else 1e-2)):
         visible = exact[name].abs() > 1e-30  # fp32 holds no exp(-80) ulp for ulp on a GPU that flushes subnormals
         ratio = (found[name].double() / exact[name])[visible]
         assert visible.sum() > 10 and (ratio - 1).abs().max() < tolerance, name
@@ -174,7 +175,7 @@ def test_without_tokens_there_is_nothing(place, impl, tokens, width):
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_strides_of_inputs_do_not_matter(place, impl):
-    arguments = make(device=place.device, dtype=place.dtype)
+    arguments = make(width=48, device=place.device, dtype=place.dtype)
     arguments["token_weights"].fill_(0.7)
     arguments["sample_weights"].fill_(1.3)
     expected = ours(arguments, impl)
@@ -182,7 +183,7 @@ def test_strides_of_inputs_do_not_matter(place, impl):
     strided = {
         "hidden": [
             arguments["hidden"].t().contiguous().t(),
-            torch.cat([poison, arguments["hidden"], poison], 1)[:, 24:48],
+            torch.cat([poison, arguments["hidden"], poison], 1)[:, 48:96],
             torch.stack([arguments["hidden"], poison], 2)[:, :, 0],
         ],
         "weight": [torch.stack([arguments["weight"], poison[0]], 1)[:, 0]],
@@ -196,7 +197,7 @@ def test_strides_of_inputs_do_not_matter(place, impl):
             assert not choice.is_contiguous()
             for key, value in ours(arguments | {name: choice}, impl).items():
                 assert torch.equal(value, expected[key]), (name, key)
-    row = torch.ones(1, 24, device=place.device, dtype=place.dtype)
+    row = torch.ones(1, 48, device=place.device, dtype=place.dtype)
     repeated = {"hidden": row.expand(len(poison), -1)}, {"hidden": row.repeat(len(poison), 1)}
     expanded, contiguous = (ours(arguments | hidden, impl) for hidden in repeated)
     assert all(torch.equal(expanded[key], contiguous[key]) for key in expanded)

@@ -111,6 +111,13 @@ def ours(batch: Batch, **options):
     return output, torch.autograd.grad(output.total, batch.leaves())
 
 
+def assert_same(mine: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
+    """Assert equality but for the order in which products were added up, by which a 16-bit logit may be rounded to its
+    neighbour."""
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(mine, theirs, **tolerance)
+
+
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize(
     ("shape", "terms"),
@@ -128,7 +135,7 @@ def test_losses_and_gradients_are_as_accurate_as_plain_torchs(place, impl, shape
     exact, plain = reference(batch, torch.float64, **terms), reference(batch, **terms)
     output, gradients = ours(batch, chunk_rows=7, impl=impl, **terms)
     for mine, simple, precise in zip((output.total, output.per_token, *gradients), plain, exact, strict=True):
-        assert_as_accurate(mine.detach(), simple, precise)
+        assert_as_accurate(mine.detach(), simple, precise, dtype=place.dtype)
     assert [x.dtype for x in gradients] == [x.dtype for x in batch.leaves()]
 
 
@@ -171,8 +178,8 @@ def test_a_sample_longer_than_promised_gets_no_number_for_a_norm():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_it_agrees_with_liger_and_with_torchs_own(smoothing):
-    batch = make(weights=False)
+def test_it_agrees_with_liger_and_with_torchs_own(device, smoothing):
+    batch = make(device, weights=False)
     targets = torch.where(batch.segments < 0, IGNORED, batch.targets)
     total, gradients = ours(batch, label_smoothing=smoothing)[0].total, ours(batch, label_smoothing=smoothing)[1]
     others = [lambda h, w, b: F.cross_entropy(F.linear(h, w, b), targets, reduction="sum", label_smoothing=smoothing)]
@@ -204,8 +211,9 @@ def test_peaked_and_huge_logits_keep_their_digits(place, impl):
     output, gradients = ours(batch, impl=impl)
     for mine, simple, precise in zip((output.total, output.per_token, *gradients), plain, exact, strict=True):
         assert_as_accurate(mine.detach(), simple, precise)
+    huge = float(batch.hidden[2, 0])  # in 16 bits not quite 1e4
     assert torch.allclose(
-        output.log_normalizers.cpu()[2:5].double(), torch.tensor([1e4, math.log(36), 1e4 + math.log(37)]).double()
+        output.log_normalizers.cpu()[2:5].double(), torch.tensor([huge, math.log(36), huge + math.log(37)]).double()
     )
 
 
@@ -220,13 +228,13 @@ def test_an_impossible_entry_has_no_probability_and_no_gradient(place, impl):
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_gradients_follow_what_arrives_at_the_total(impl):
-    batch = make(vocabulary=53)
+def test_gradients_follow_what_arrives_at_the_total(device, impl):
+    batch = make(device, vocabulary=53)
     plain = ours(batch, impl=impl)[1]
     for use, factor in (
         (lambda total: total * 2 + total, 3),
         (lambda total: total.expand(4).sum(), 4),
-        (lambda total: (total.expand(3) * torch.ones(()).expand(3)).sum(), 3),
+        (lambda total: (total.expand(3) * torch.ones((), device=device).expand(3)).sum(), 3),
         (lambda total: total / 3, 1 / 3),
     ):
         fresh = batch.fresh()
@@ -248,12 +256,12 @@ def test_a_16_bit_gradient_is_scaled_without_rounding_the_scale():
 @pytest.mark.parametrize(
     "which", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
 )
-def test_only_gradients_that_are_asked_for_are_computed(monkeypatch, impl, which):
+def test_only_gradients_that_are_asked_for_are_computed(device, monkeypatch, impl, which):
     products = []
     for name in ("multiply", "accumulate", "accumulate_rows"):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, n=name, **k: products.append(n) or f(*a, **k))
-    batch = make(vocabulary=53)
+    batch = make(device, vocabulary=53)
     complete = ours(batch, impl=impl)[1]
     products.clear()
     leaves = [x.clone().requires_grad_(needed) for x, needed in zip(batch[:3], which, strict=True)]
@@ -277,8 +285,8 @@ def test_without_gradients_logits_are_computed_once_and_nothing_else(monkeypatch
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_gradients_computed_anew_are_those_of_the_total(impl):
-    batch = make(vocabulary=53)
+def test_gradients_computed_anew_are_those_of_the_total(device, impl):
+    batch = make(device, vocabulary=53)
     expected = ours(batch, impl=impl, chunk_rows=5, **EVERYTHING)[1]
     again = batch.fresh().run(linear_cross_entropy_gradients, impl=impl, chunk_rows=5, **EVERYTHING)
     assert all(map(torch.equal, again, expected)) and not any(x.requires_grad for x in again)
@@ -305,15 +313,15 @@ def test_strides_do_not_matter(place, impl):
         torch.full((), 2.0, device=place.device).expand(48),
     )
     output = strided.run(impl=impl, chunk_rows=8)
-    torch.testing.assert_close(output.per_token, plain.per_token)
+    assert_same(output.per_token, plain.per_token, place.dtype)
     for mine, simple in zip(torch.autograd.grad(output.total, strided.leaves()), gradients, strict=True):
-        torch.testing.assert_close(mine, simple)
+        assert_same(mine, simple, place.dtype)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_a_tied_weight_gets_the_gradients_of_both_uses(impl):
-    batch = make(vocabulary=53)
-    tokens = torch.arange(48) % 53
+def test_a_tied_weight_gets_the_gradients_of_both_uses(device, impl):
+    batch = make(device, vocabulary=53)
+    tokens = torch.arange(48, device=device) % 53
     gradients = []
     for loss in (lambda b: b.run(impl=impl).total, lambda b: (losses_of(b, **PLAIN) * math.prod(weights_of(b))).sum()):
         weight = batch.weight.clone().requires_grad_()
@@ -345,8 +353,10 @@ def test_one_target_is_enough(place, impl):
     batch = batch._replace(targets=targets)
     output = batch.run(squared_norms=True, impl=impl)
     assert output.counts.tolist() == [0, 0, 1, 0, 0]
-    assert_as_accurate(output.per_token, reference(batch, **PLAIN)[1], reference(batch, torch.float64, **PLAIN)[1])
-    assert_as_accurate(output.squared_norms, norms_of(batch, **PLAIN).float(), norms_of(batch, torch.float64, **PLAIN))
+    losses = reference(batch, **PLAIN)[1], reference(batch, torch.float64, **PLAIN)[1]
+    assert_as_accurate(output.per_token, *losses, dtype=place.dtype)
+    norms = norms_of(batch, **PLAIN).float(), norms_of(batch, torch.float64, **PLAIN)
+    assert_as_accurate(output.squared_norms, *norms, dtype=place.dtype)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -362,7 +372,7 @@ def test_room_for_more_targets_changes_nothing_and_for_fewer_poisons_the_total(p
     for capacity in (count + 5, 48, 1000):
         output, others = ours(batch, capacity=capacity, **options)
         for mine, theirs in zip((*output, *others), (*expected, *gradients), strict=True):
-            torch.testing.assert_close(mine, theirs)
+            assert_same(mine, theirs, place.dtype)
     assert ours(batch, capacity=count - 1, **options)[0].total.isnan()
 
 
@@ -373,7 +383,7 @@ def test_how_many_rows_a_chunk_has_does_not_matter(place, impl):
     for chunk_rows in (1, 3, 23):
         output, others = ours(batch, chunk_rows=chunk_rows, impl=impl)
         for mine, theirs in zip((*output[:5], *others), (*expected[:5], *gradients), strict=True):
-            torch.testing.assert_close(mine, theirs)
+            assert_same(mine, theirs, place.dtype)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -470,8 +480,8 @@ def test_tensors_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_it_is_a_proper_operator_and_compiles_into_one_graph(impl):
-    batch = make(vocabulary=53)
+def test_it_is_a_proper_operator_and_compiles_into_one_graph(device, impl):
+    batch = make(device, vocabulary=53)
 
     def step(*tensors):
         fresh = batch._replace(hidden=tensors[0], weight=tensors[1], bias=tensors[2])

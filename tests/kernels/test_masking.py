@@ -62,7 +62,7 @@ def mask(rows: Rows, impl: str = "torch", **options) -> masking.Masked:
 
 def words_of(rows: Rows) -> torch.Tensor:
     """Words of 1, 2, 3, 1, 2, 3, … tokens, some of whose tokens are special; every eleventh token is in none."""
-    ends = torch.tensor([0, 1, 1, 2, 2, 2])
+    ends = torch.tensor([0, 1, 1, 2, 2, 2], device=rows.positions.device)
     units = 3 * (rows.positions // 6) + ends[rows.positions % 6]
     return torch.where((rows.segments < 0) | (rows.positions % 11 == 10), -1, units)
 
