@@ -68,7 +68,8 @@ class MaskingConfig(Config):
         if max(self.rate.values()) == 0:
             raise ValueError("rate 0 hides nothing")
         for key, policies in _OWN_KEYS.items():
-            if key in self.model_fields_set and self.policy not in policies:
+            given = getattr(self, key) != type(self).model_fields[key].default  # a resolved recipe names every key
+            if given and self.policy not in policies:
                 raise ValueError(f"'{key}' goes with policy {' or '.join(policies)}, not with {self.policy}")
         for name, weight in self.weights.items():
             if name not in PARTS_OF_SPEECH:

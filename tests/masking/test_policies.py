@@ -200,3 +200,9 @@ def test_every_policy_is_a_function_of_the_sample_and_never_touches_special_toke
 def test_what_cannot_work_is_refused_by_its_key(keys, message):
     with pytest.raises(UserError, match=message):
         parse(MaskingConfig, keys, "test")
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_configuration_with_every_default_spelled_out_is_read_back(policy):
+    config = parse(MaskingConfig, {"policy": policy}, "test")
+    assert parse(MaskingConfig, config.model_dump(mode="json", by_alias=True), "test") == config
