@@ -20,6 +20,8 @@ from pretrain.model.encoder import Encoder
 from pretrain.model.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from pretrain.model.multi_objective import MultiObjectiveModel
 
 
@@ -70,6 +72,9 @@ class Objective(ABC):
     """Names of the components, besides the backbone, that this objective trains."""
     needs_dropout: ClassVar[bool] = False
     """Whether the loss means nothing without dropout, so that dropout stays on when it is evaluated."""
+    rows_are_units: ClassVar[bool] = False
+    """Whether rows decide what is trained, not samples: a sample's part then depends on the samples it shares its row
+    with."""
 
     def __init__(self, config: Config, vocabulary: Vocabulary, seed: int, impl: str = "auto"):
         self.config, self.vocabulary, self.seed, self.impl = config, vocabulary, seed, impl
@@ -89,6 +94,20 @@ class Objective(ABC):
         """How many consecutive rows of the global batch must be in one micro-batch."""
         return 1
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the objective's own data, in sentences."""
+        return []
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the data that the objective has beside the store, if any; a run is not resumed on other data."""
+        return None
+
+    def prepare(self, tokenizer: PreTrainedTokenizerFast, longest: int) -> None:  # noqa: B027  (most have no data)
+        """Read what the objective trains on beside the store, with the store's tokenizer and the length of its longest
+        sample; before anything is built of it. An export needs none of that and does without."""
+
     def check(self, encoder: Encoder) -> None:  # noqa: B027  (most fit every backbone)
         """Raise :class:`UserError` if the objective cannot be trained on this backbone."""
 
@@ -100,6 +119,10 @@ class Objective(ABC):
     def corrupt(self, batch: Batch, progress: float) -> View:
         """Return the objective's view of a batch: a function of (seed, sample, visit) and of the run's ``progress``
         in 0..1."""
+
+    def heldout_view(self, batch: Batch) -> View:
+        """Return the view of held-out rows by which the objective is judged: the same every time."""
+        return self.corrupt(batch, progress=0.0)
 
     @abstractmethod
     def loss(self, model: MultiObjectiveModel, view: View, weights: torch.Tensor | None = None) -> dict[str, TermLoss]:

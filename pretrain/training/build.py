@@ -84,7 +84,8 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
     sampler = build_sampler(recipe.sampler, list(recipe.objective_configs), recipe.seed, recipe.source)
     torch.manual_seed(recipe.seed)
     longest = max(store.max_length, heldout.max_length if heldout is not None else 0)
-    model = build_model(recipe, vocabulary, backbone_config(recipe.model, vocabulary, longest), dtype=dtype)
+    config = backbone_config(recipe.model, vocabulary, longest)
+    model = build_model(recipe, vocabulary, config, dtype=dtype, prepare=(tokenizer, store.max_length))
     components = model.components()
     parts = Parts(
         recipe=recipe,
@@ -103,13 +104,26 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
     return parts
 
 
-def build_model(recipe: Recipe, vocabulary: Vocabulary, config, *, dtype: torch.dtype) -> MultiObjectiveModel:
-    """Build the model of a recipe around a Hugging Face ``config``, on the CPU in fp32."""
+def build_model(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    config,
+    *,
+    dtype: torch.dtype,
+    prepare: tuple[PreTrainedTokenizerBase, int] | None = None,
+) -> MultiObjectiveModel:
+    """Build the model of a recipe around a Hugging Face ``config``, on the CPU in fp32.
+
+    With ``prepare``, the store's tokenizer and the length of its longest sample, the objectives read their own data;
+    without it they can be built, but not trained.
+    """
     reason = why_no_triton(device_type()) if recipe.impl == "triton" else None
     if reason:
         raise UserError(f"impl: {reason}; set it to auto")
     objectives = build_objectives(recipe.objective_configs, vocabulary, recipe.seed, recipe.impl)
     for name, objective in objectives.items():
+        if prepare:
+            objective.prepare(*prepare)
         if recipe.training.micro_batch_rows % objective.rows_together:
             raise UserError(
                 f"training.micro_batch_rows: {recipe.training.micro_batch_rows} is no multiple of the "

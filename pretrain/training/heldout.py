@@ -28,7 +28,7 @@ class HeldoutProbe:
             totals = {term: torch.zeros(2, device=self.engine.device) for term in objective.terms}
             for number, batch in enumerate(self.micro_batches):
                 torch.manual_seed(scalar_seed(0, "held-out dropout", number, self.engine.rank))
-                view = objective.corrupt(batch.to(self.engine.device), progress=0.0)
+                view = objective.heldout_view(batch.to(self.engine.device))
                 _, sums = self.engine({name: view}, dict.fromkeys(objective.terms, 0.0))
                 for term, per_sample in sums.items():
                     totals[term] += torch.stack([per_sample.sum(), view.counts[term].sum()])

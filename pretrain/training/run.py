@@ -143,6 +143,9 @@ def _train(parts: Parts, engine: Engine, stop: StopRequest, start: Path | None, 
             f"{size:,} parameters, {engine.world_size} ranks, ZeRO {engine.stage}, {precision}"
             + (f", going on from {start}" if start else "")
         )
+        for name, objective in parts.model.objectives.items():
+            for note in objective.notes:
+                trainer.log.say(f"note: {name}: {note}")
         trainer.train()
         if trainer.stopping and trainer.step < recipe.training.steps:
             trainer.log.say(f"stopped on request after step {trainer.step}; the same command goes on from there")

@@ -9,7 +9,7 @@ import torch
 
 from fused_objectives.philox import scalar_seed
 from pretrain.data.batch import Batch
-from pretrain.errors import RunError
+from pretrain.errors import RunError, UserError
 from pretrain.objectives import View
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
@@ -161,10 +161,19 @@ class Trainer:
     def state_dict(self) -> dict:
         """Return all that decides how the run goes on, besides the engine's states; the same on every rank."""
         counters = {name: getattr(self, name) for name in ("step", "tokens", "skipped", "skipped_in_a_row")}
-        return {**counters, "loader": self.loader.state_dict(), "sampler": self.sampler.state_dict()}
+        data = {name: each.fingerprint for name, each in self.model.objectives.items() if each.fingerprint}
+        states = {"loader": self.loader.state_dict(), "sampler": self.sampler.state_dict()}
+        return {**counters, **states, "objective_data": data}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up :meth:`state_dict`."""
+        """Take up :meth:`state_dict`.
+
+        Raises:
+            UserError: if an objective's own data, or the store, is not that of the checkpoint.
+        """
+        for name, objective in self.model.objectives.items():
+            if objective.fingerprint != state.get("objective_data", {}).get(name):
+                raise UserError(f"objectives.{name}: other data than the checkpoint's; start a new run folder (run=…)")
         self.loader.load_state_dict(state["loader"])
         self.sampler.load_state_dict(state["sampler"])
         for name in ("step", "tokens", "skipped", "skipped_in_a_row"):

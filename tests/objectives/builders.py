@@ -1,19 +1,49 @@
 """Models with one objective, for any objective of the registry."""
 
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 
 from pretrain.data.batch import Batch
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.objectives.base import build_objectives, parse_objectives
-from tests.builders import VOCABULARY, lay_out, random_samples, tiny_encoder
+from tests.builders import VOCABULARY, lay_out, random_samples, tiny_encoder, word_tokenizer
 
 
 def model_with(
     name: str, family: str = "bert", seed: int = 1, dropout: float = 0.1, impl: str = "auto", **keys
 ) -> MultiObjectiveModel:
     """Return a model with one objective, configured by ``keys``, in evaluation mode (dropout is there, but off)."""
+    if name == "end_task":
+        keys = {"task": str(Path(_tiny_task().name) / "tiny"), **keys}
     objectives = build_objectives(parse_objectives({name: keys}, "test"), VOCABULARY, seed, impl)
+    objectives[name].prepare(word_tokenizer(), 24)
     return MultiObjectiveModel(tiny_encoder(family, dropout=dropout), objectives).eval()
+
+
+def write_task(folder: Path, seed: int = 0, regression: bool = False, pairs: bool = False, **sizes: int) -> Path:
+    """Write a task of the words of :func:`word_tokenizer`: three classes, or numbers, told by the first word."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for split, size in {"train": 23, "dev": 7, "test": 5, **sizes}.items():
+        lines = []
+        for number in range(size):
+            first, *others = rng.choice(VOCABULARY.ordinary_ids[1:], rng.integers(1, 19)).tolist()
+            text = " ".join(f"w{word}" for word in (first, *others))
+            fields = {"text_a": text, "text_b": f"w{first} w{8 + number}"} if pairs else {"text": text}
+            lines.append(fields | {"label": first / 10 + 100 if regression else "abc"[first % 3]})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@cache
+def _tiny_task() -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory(prefix="tiny-task-")
+    write_task(Path(folder.name) / "tiny")
+    return folder
 
 
 def rows_of_samples(rows: int, seed: int = 0) -> list[list[np.ndarray]]:
