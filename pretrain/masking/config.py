@@ -46,14 +46,13 @@ class SpanConfig(Config):
         return tuple(p / sum(raw) for p in raw)
 
 
-class MaskingConfig(Config):
-    """Which tokens are chosen, how many, and what becomes of them."""
+class ChoiceConfig(Config):
+    """Which tokens are chosen, and how many."""
 
     policy: Literal["random", "whole_word", "span", "salient", "frequency", "pos_weighted", "learned"] = "random"
     """docs/masking.md describes them."""
     rate: ScheduledFraction = Scheduled(start=0.15)
     """Expected fraction of ordinary tokens that are chosen."""
-    split: SplitConfig = SplitConfig()
     annotation: str | None = Field(None, pattern=r"^[\w.-]+$")
     """Name of the annotation that ``salient``, ``learned`` or ``pos_weighted`` reads, if not their own."""
     span: SpanConfig = SpanConfig()
@@ -82,3 +81,9 @@ class MaskingConfig(Config):
     def annotation_name(self) -> str | None:
         """The annotation that the policy reads, or None."""
         return self.annotation or ANNOTATED.get(self.policy)
+
+
+class MaskingConfig(ChoiceConfig):
+    """Which tokens are chosen, how many, and what becomes of each."""
+
+    split: SplitConfig = SplitConfig()

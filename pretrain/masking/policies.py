@@ -11,7 +11,7 @@ import torch
 from fused_objectives import draws
 from pretrain.data.annotations import NO_UNIT, PARTS_OF_SPEECH
 from pretrain.data.batch import Batch
-from pretrain.masking.config import MaskingConfig
+from pretrain.masking.config import ChoiceConfig
 from pretrain.model.vocabulary import Vocabulary
 
 
@@ -51,7 +51,7 @@ class Policy(ABC):
     together = 1
     """About how many tokens are chosen or left together: what makes their number vary more."""
 
-    def __init__(self, config: MaskingConfig, vocabulary: Vocabulary):
+    def __init__(self, config: ChoiceConfig, vocabulary: Vocabulary):
         self.config, self.vocabulary = config, vocabulary
 
     @abstractmethod
