@@ -333,13 +333,13 @@ def _keep_gradients(ctx, inputs, output):
 
 
 def _weigh_gradients(ctx, upstream, *_):
-    """Multiply the stored gradients, in float32, by the gradient that arrives at the total."""
+    """Multiply the stored gradients by the one that arrives at the total, in float32 but without such copies of them."""
     gradients = [None] * 3
     if upstream is not None:
         for index, (wanted, gradient) in enumerate(zip(ctx.wanted, ctx.saved_tensors, strict=True)):
             if wanted:
                 scale = upstream.float().reshape((1,) * gradient.ndim)
-                gradients[index] = (gradient * scale).to(gradient.dtype)
+                gradients[index] = torch.mul(gradient, scale, out=torch.empty_like(gradient))
     return (*gradients, *[None] * 23)
 
 

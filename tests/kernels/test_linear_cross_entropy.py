@@ -131,6 +131,8 @@ def assert_same(mine: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) ->
     ],
 )
 def test_losses_and_gradients_are_as_accurate_as_plain_torchs(place, impl, shape, terms):
+    if "scale" in shape and place.dtype != torch.float32:
+        pytest.skip("logits of hundreds, rounded to 16 bits, leave gradients to chance")
     batch = make(place.device, place.dtype, **shape)
     exact, plain = reference(batch, torch.float64, **terms), reference(batch, **terms)
     output, gradients = ours(batch, chunk_rows=7, impl=impl, **terms)
