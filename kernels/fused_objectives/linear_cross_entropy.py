@@ -333,7 +333,7 @@ def _keep_gradients(ctx, inputs, output):
 
 
 def _weigh_gradients(ctx, upstream, *_):
-    """Multiply the stored gradients by the one that arrives at the total, in float32 but without such copies of them."""
+    """Multiply the stored gradients by the one that arrives at the total, in float32 but without copies in it."""
     gradients = [None] * 3
     if upstream is not None:
         for index, (wanted, gradient) in enumerate(zip(ctx.wanted, ctx.saved_tensors, strict=True)):
