@@ -1,5 +1,6 @@
 """Tokenizers: load one, train one, and know its special tokens."""
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 WORDPIECE_SPECIALS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 BPE_SPECIALS = {"pad": "<pad>", "cls": "<s>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
 KINDS = ("wordpiece", "bpe")
+_ENDS = (".", "!", "?")
 FEWEST_ENTRIES = {"wordpiece": 100, "bpe": 256 + len(BPE_SPECIALS)}  # a vocabulary smaller than this cannot work
 
 
@@ -55,6 +57,18 @@ def barred_ids(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
     return special_ids(tokenizer) - ({tokenizer.unk_token_id} - duties)
 
 
+def sentinel(number: int) -> str:
+    """Return the token that stands for the span of a number, by T5's name."""
+    return f"<extra_id_{number}>"
+
+
+def sentinel_ids(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+    """Return the int64 ids of ``<extra_id_0>``, ``<extra_id_1>``, … as far as the tokenizer has them."""
+    entries = tokenizer.get_vocab()
+    found = itertools.takewhile(lambda index: index is not None, map(entries.get, map(sentinel, itertools.count())))
+    return np.array(list(found), np.int64)
+
+
 def continues_word(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     """Return the sorted int64 ids of tokens that belong to the word of the token before them.
 
@@ -71,6 +85,14 @@ def continues_word(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     else:
         continuing = []
     return np.array(continuing, np.int64)
+
+
+def sentence_ends(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+    """Return the sorted int64 ids of the tokens that end a sentence: ".", "!" and "?", whatever marks word borders."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = special_ids(tokenizer)
+    ends = [i for i, t in enumerate(tokens) if t and i not in special and t.removeprefix("##").lstrip("Ġ▁") in _ENDS]
+    return np.array(ends, np.int64)
 
 
 def frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
@@ -92,7 +114,7 @@ def frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
 
 
 def train_tokenizer(
-    read: Callable[[], Iterator[str]], kind: str, vocabulary: int, lowercase: bool, max_length: int
+    read: Callable[[], Iterator[str]], kind: str, vocabulary: int, lowercase: bool, max_length: int, sentinels: int = 0
 ) -> "PreTrainedTokenizerFast":
     """Train a tokenizer and dress it as a Hugging Face one. The same text gives the same tokenizer.
 
@@ -103,18 +125,24 @@ def train_tokenizer(
         vocabulary: the most entries, special tokens included; little text gives fewer.
         lowercase: fold case and strip accents (``wordpiece`` only).
         max_length: the longest sample in tokens, kept as ``model_max_length``.
+        sentinels: how many of ``vocabulary`` are special tokens that stand for spans, ``<extra_id_0>`` and so on.
 
     Raises:
         UserError: if ``vocabulary`` is too small to hold the special tokens and an alphabet.
     """
     from transformers import PreTrainedTokenizerFast
 
-    if vocabulary < FEWEST_ENTRIES[kind]:
-        raise UserError(f"--vocabulary {vocabulary}: a {kind} tokenizer needs at least {FEWEST_ENTRIES[kind]} entries")
+    if vocabulary - sentinels < FEWEST_ENTRIES[kind]:
+        beside = f" beside {sentinels} sentinels" if sentinels else ""
+        raise UserError(
+            f"--vocabulary {vocabulary}: a {kind} tokenizer needs at least {FEWEST_ENTRIES[kind]} entries{beside}"
+        )
+    vocabulary -= sentinels
     if kind == "wordpiece":
         backend, specials, repeat = _wordpiece(read, vocabulary, lowercase), WORDPIECE_SPECIALS, 1
     else:
         backend, specials, repeat = _bpe(read, vocabulary), BPE_SPECIALS, 2
+    backend.add_special_tokens([sentinel(number) for number in range(sentinels)])
     first, last = specials["cls"], specials["sep"]
     mark = ":1" if kind == "wordpiece" else ""  # BERT numbers the texts of a pair, RoBERTa doubles the border instead
     backend.post_processor = processors.TemplateProcessing(

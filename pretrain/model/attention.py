@@ -39,12 +39,12 @@ class Layout:
         if "blocks" not in self._cache:
             batch = self.batch
             place_of = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
-            starts = place_of[(batch.position_ids == 0).reshape(-1) & batch.real.reshape(-1)]
-            starts = starts[torch.argsort(batch.segment_ids.reshape(-1)[starts])]
+            first = place_of[(batch.position_ids == 0).reshape(-1) & batch.real.reshape(-1)]
+            starts = torch.zeros_like(batch.lengths).index_copy(0, batch.segment_ids.reshape(-1)[first], first)
             self._cache["blocks"] = []
             ceiling = torch.clamp(batch.lengths, min=_SHORTEST_BLOCK) - 1
-            group_of = torch.frexp(ceiling.double()).exponent
-            for group in group_of.unique().tolist():
+            group_of = torch.where(batch.lengths > 0, torch.frexp(ceiling.double()).exponent, -1)
+            for group in group_of[batch.lengths > 0].unique().tolist():  # a sample may have lost all its tokens
                 chosen = group_of == group
                 lengths = batch.lengths[chosen]
                 steps = torch.arange(int(lengths.max()), device=lengths.device)

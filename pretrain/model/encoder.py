@@ -124,6 +124,11 @@ class Encoder(nn.Module):
         """Return the last hidden states ``[rows, length, hidden]`` of ``tokens [rows, length]``."""
         positions = layout.batch.position_ids + self.first_position
         if self.packs_rows:
+    @property
+    def positions(self) -> int | None:
+        """The most tokens of a sample; None if there is no bound."""
+        return _positions(self.config)
+
             inputs = {"position_ids": positions, "layout": layout}
         else:
             inputs = {"position_ids": positions, "attention_mask": layout.batch.real.long()}
@@ -172,9 +177,8 @@ def backbone_config(model: ModelConfig, vocabulary: Vocabulary, max_length: int)
         raise UserError(
             f"model.checkpoint: {found}; prepare the store with the model's own tokenizer (medley prepare --tokenizer)"
         )
-    positions = getattr(config, "max_position_embeddings", None)
-    before = _first_position(config.model_type, getattr(config, "pad_token_id", None))
-    if positions is not None and positions - before < max_length:
+    room = _positions(config)
+    if room is not None and room < max_length:
         key = "checkpoint" if model.checkpoint else "overrides.max_position_embeddings"
         raise UserError(
             f"model.{key}: room for samples of {positions - before} tokens, but the store's longest has {max_length}; "
@@ -210,6 +214,13 @@ def _check_kind(config) -> None:
         )
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.family: '{config.model_type}' is not a language model that transformers can build")
+def _positions(config) -> int | None:
+    """Return how many tokens of a sample a config has positions for; None if it sets no bound."""
+    positions = getattr(config, "max_position_embeddings", None)
+    before = _first_position(config.model_type, getattr(config, "pad_token_id", None))
+    return None if positions is None else positions - before
+
+
 
 
 def _from_scratch(model: ModelConfig, vocabulary: Vocabulary, max_length: int):

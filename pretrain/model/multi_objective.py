@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
 from pretrain.objectives.base import Objective, TermLoss, View
 
@@ -35,6 +36,10 @@ class MultiObjectiveModel(nn.Module):
                 self.heads.update({name: built[name] for name in objective.heads if name in missing})
 
     def components(self) -> dict[str, list[nn.Parameter]]:
+        for objective in objectives.values():
+            for head, reason in objective.borrows.items():
+                if head not in self.heads:
+                    raise UserError(reason)
         """Return component → parameters: ``backbone``, then every head without what it shares with those before it."""
         seen: set[int] = set()
         components: dict[str, list[nn.Parameter]] = {}

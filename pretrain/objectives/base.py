@@ -68,8 +68,10 @@ class Objective(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[Config]]
-    heads: ClassVar[tuple[str, ...]]
-    """Names of the components, besides the backbone, that this objective trains."""
+    heads: tuple[str, ...]
+    """Names of the components, besides the backbone, that this objective trains; its configuration may decide."""
+    paired: ClassVar[bool] = False
+    """Whether it needs an encoder–decoder, which reads a source and writes a target; the others take none."""
     needs_dropout: ClassVar[bool] = False
     """Whether the loss means nothing without dropout, so that dropout stays on when it is evaluated."""
     rows_are_units: ClassVar[bool] = False
@@ -83,6 +85,11 @@ class Objective(ABC):
     def terms(self) -> dict[str, float]:
         """Term → weight within the objective."""
         return {self.name: 1.0}
+
+    @property
+    def borrows(self) -> dict[str, str]:
+        """Heads that this objective uses and another of the recipe must train → what is said if none does."""
+        return {}
 
     @property
     def annotations(self) -> dict[str, str]:
@@ -109,7 +116,8 @@ class Objective(ABC):
         sample; before anything is built of it. An export needs none of that and does without."""
 
     def check(self, encoder: Encoder) -> None:  # noqa: B027  (most fit every backbone)
-        """Raise :class:`UserError` if the objective cannot be trained on this backbone."""
+        """Raise :class:`UserError` if the objective cannot be trained on this backbone; else note what corruption needs
+        to know of it."""
 
     @abstractmethod
     def build_heads(self, encoder: Encoder) -> dict[str, nn.Module]:

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from fused_objectives.detection import detection_loss
+from fused_objectives.generator_sampling import linear_cross_entropy_and_sample
 from fused_objectives.linear_cross_entropy import linear_cross_entropy
 from fused_objectives.targets import IGNORED, compact
 from pretrain.objectives.base import LabelledView, TermLoss
@@ -37,3 +39,87 @@ def vocabulary_loss(
         ),
     )
     return TermLoss(loss.total + targets.overflow, loss.sums)
+
+
+def token_detection_loss(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    batch: Batch,
+    weights: torch.Tensor | None,
+    impl: str,
+) -> TermLoss:
+    """Return the binary cross entropies of all tokens of a batch.
+
+    Args:
+        head: :class:`pretrain.model.detection_head.DetectionHead`.
+        hidden: ``[rows, length, hidden]``.
+        labels: ``[rows, length]`` int64: 1 where a token was tampered with, 0 elsewhere, ``IGNORED`` on padding.
+        batch: which sample every token belongs to.
+        weights: ``[S]`` float32 or None, the samples' weights.
+        impl: which implementation the op takes.
+    """
+    places = compact(batch.real.reshape(-1))
+    loss = head(
+        places.take(hidden.flatten(0, 1)),
+        lambda features, weight, bias: detection_loss(
+            features,
+            weight[0],
+            places.take(labels.reshape(-1), padding=IGNORED),
+            places.take(batch.segment_ids.reshape(-1), padding=-1),
+            len(batch.sample_ids),
+            bias=bias,
+            sample_weights=weights,
+            impl=impl,
+        ),
+    )
+    return TermLoss(loss.total, loss.sums)
+
+
+def generator_loss(
+    generator: Generator,
+    view: LabelledView,
+    layout: Layout,
+    weights: torch.Tensor | None,
+    *,
+    seed: int,
+    stream: str,
+    impl: str,
+) -> tuple[TermLoss, tuple[torch.Tensor, torch.Tensor]]:
+    """Return a generator's cross entropies of a view's labels, and a token drawn at each of them.
+
+    Args:
+        generator: reads the view's tokens.
+        view: its labels say where the targets are.
+        layout: of the view's batch.
+        weights: ``[S]`` float32 or None, the samples' weights.
+        seed, stream: key of the draws.
+        impl: which implementation the op takes.
+
+    Returns:
+        the loss; and the draws as ``slots [rows, length]`` int64, each place's index among them or −1, and the tokens
+        ``[K]`` int64 themselves.
+    """
+    batch, labels = view.batch, view.labels.reshape(-1)
+    targets = compact(labels != IGNORED, view.capacity)
+    loss, tokens = generator(
+        view.tokens,
+        layout,
+        targets,
+        lambda features, weight, bias: linear_cross_entropy_and_sample(
+            features,
+            weight,
+            targets.take(labels, padding=IGNORED),
+            targets.take(batch.segment_ids.reshape(-1), padding=-1),
+            len(batch.sample_ids),
+            targets.take(batch.position_ids.reshape(-1)),
+            batch.sample_ids,
+            batch.visits,
+            seed=seed,
+            stream=stream,
+            bias=bias,
+            sample_weights=weights,
+            impl=impl,
+        ),
+    )
+    return TermLoss(loss.total + targets.overflow, loss.sums), (targets.slots.view_as(batch.tokens), tokens)

@@ -1,26 +1,27 @@
 """Replaced token detection (ELECTRA, arXiv 2003.10555): tell a generator's guesses from the original tokens."""
 
-from typing import Any
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
-from transformers.activations import ACT2FN
 
-from fused_objectives.detection import detection_loss
-from fused_objectives.generator_sampling import linear_cross_entropy_and_sample
 from fused_objectives.replacing import replace_tokens
-from fused_objectives.targets import IGNORED, compact
+from fused_objectives.targets import IGNORED
 from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
 from pretrain.masking.config import MaskingConfig, SplitConfig
 from pretrain.masking.masker import Masker
 from pretrain.model.attention import Layout
+from pretrain.model.detection_head import DetectionHead
 from pretrain.model.encoder import Encoder
 from pretrain.model.generator import Generator
-from pretrain.model.projection import Score, scored
 from pretrain.objectives.base import LabelledView, Objective, TermLoss, View, register
+from pretrain.objectives.losses import generator_loss, token_detection_loss
+from pretrain.objectives.unigram import draw_unigram
+
+_DISCRIMINATOR_WEIGHT = 50.0
 
 
 class GeneratorConfig(Config):
@@ -56,42 +57,52 @@ class GeneratorMaskingConfig(MaskingConfig):
 class RTDConfig(Config):
     """Keys of ``objectives.rtd``."""
 
+    source: Literal["generator", "unigram"] = "generator"
+    """Where replacements come from: a generator that is trained along, or the distribution of tokens in the corpus."""
     masking: GeneratorMaskingConfig = GeneratorMaskingConfig()
     generator: GeneratorConfig = GeneratorConfig()
-    discriminator_weight: float = Field(50.0, gt=0)
+    discriminator_weight: float = Field(_DISCRIMINATOR_WEIGHT, gt=0)
     """λ: weight of the discriminator's loss beside the generator's."""
 
-
-class DetectionHead(nn.Module):
-    """One logit a token, with the parameter names of transformers' ELECTRA discriminator."""
-
-    def __init__(self, hidden_size: int, activation: str):
-        super().__init__()
-        self.dense = nn.Linear(hidden_size, hidden_size)
-        self.activation = ACT2FN[activation]
-        self.dense_prediction = nn.Linear(hidden_size, 1)
-
-    def forward(self, hidden: torch.Tensor, score: Score | None = None) -> Any:
-        """Hidden states ``[..., hidden]`` → logits ``[..., 1]``, positive where replaced; or what ``score`` makes of
-        the last layer."""
-        with scored(self.dense_prediction, score):
-            return self.dense_prediction(self.activation(self.dense(hidden)))
+    @model_validator(mode="after")
+    def _nothing_for_a_generator_that_is_not_there(self):
+        given = {
+            "masking.split": self.masking.split != GeneratorSplitConfig(),
+            "generator": self.generator != GeneratorConfig(),
+            "discriminator_weight": self.discriminator_weight != _DISCRIMINATOR_WEIGHT,
+        }
+        if self.source == "unigram" and any(given.values()):
+            wrong = next(key for key in given if given[key])
+            raise ValueError(f"'{wrong}' goes with source generator, not with unigram")
+        return self
 
 
 @register
 class ReplacedTokenDetection(Objective):
-    """Generator: cross entropy at masked places. Discriminator: binary cross entropy at every token of a sample."""
+    """Generator: cross entropy at masked places. Discriminator: binary cross entropy at every token of a sample.
+
+    With replacements from the corpus' distribution of tokens there is no generator, and no loss of it.
+    """
 
     name = "rtd"
     Config = RTDConfig
-    heads = ("detection", "generator")
 
     def __init__(self, config, vocabulary, seed, impl="auto"):
         super().__init__(config, vocabulary, seed, impl)
-        self.masker = Masker(config.masking, vocabulary, seed, stream=self.name, impl=impl)
+        self.generates = config.source == "generator"
+        masking = config.masking
+        if not self.generates:  # the masker only chooses: nothing reads a mask token
+            masking = masking.model_copy(update={"split": SplitConfig(mask=0, random=0)})
+        self.masker = Masker(masking, vocabulary, seed, stream=self.name, impl=impl)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return ("detection", "generator") if self.generates else ("detection",)
 
     @property
     def terms(self) -> dict[str, float]:
+        if not self.generates:
+            return {"rtd/discriminator": 1.0}
         return {"rtd/generator": 1.0, "rtd/discriminator": self.config.discriminator_weight}
 
     @property
@@ -105,72 +116,39 @@ class ReplacedTokenDetection(Objective):
             )
 
     def build_heads(self, encoder: Encoder) -> dict[str, nn.Module]:
-        config = encoder.config
-        activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "gelu")
-        generator = self.config.generator
-        return {
-            "detection": DetectionHead(config.hidden_size, activation),
-            "generator": Generator(
-                encoder, depth=generator.depth, width=generator.width, share_embeddings=generator.share_embeddings
-            ),
-        }
+        heads: dict[str, nn.Module] = {"detection": DetectionHead.of(encoder.config)}
+        if self.generates:
+            size = self.config.generator
+            heads["generator"] = Generator(
+                encoder, depth=size.depth, width=size.width, share_embeddings=size.share_embeddings
+            )
+        return heads
 
     def corrupt(self, batch: Batch, progress: float) -> View:
         tokens, labels, capacity, fallbacks = self.masker(batch, progress)
-        counts = {"rtd/generator": batch.sum_per_sample((labels != IGNORED).long()), "rtd/discriminator": batch.lengths}
         tallies = {"rtd/masked_at_random": fallbacks} if self.annotations else {}
-        return LabelledView(batch, tokens, counts, tallies, labels, capacity)
+        if self.generates:
+            targets = batch.sum_per_sample((labels != IGNORED).long())
+            counts = {"rtd/generator": targets, "rtd/discriminator": batch.lengths}
+            return LabelledView(batch, tokens, counts, tallies, labels, capacity)
+        drawn = draw_unigram(batch, self.vocabulary, self.seed, "rtd/unigram")
+        everywhere = torch.arange(drawn.numel(), device=drawn.device).view_as(drawn)
+        slots = torch.where(labels == IGNORED, -1, everywhere)
+        replaced = replace_tokens(batch.tokens, batch.segment_ids, slots, drawn.reshape(-1), impl=self.impl)
+        tallies["rtd/positives"] = (replaced.labels == 1).sum()
+        return LabelledView(batch, replaced.tokens, {"rtd/discriminator": batch.lengths}, tallies, replaced.labels)
 
     def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
-        batch, encoder = view.batch, model.encoder
+        batch, encoder, losses = view.batch, model.encoder, {}
         layout = Layout(batch, implementation=encoder.attention)
-        generator_loss, sampled = self._generate(model.heads["generator"], view, layout, weights)
-        # A generator that hits the original leaves the label "original".
-        replaced = replace_tokens(batch.tokens, batch.segment_ids, *sampled, impl=self.impl)
-        hidden = encoder(replaced.tokens, layout)
-        discriminator_loss = self._detect(model.heads["detection"], hidden, replaced.labels, batch, weights)
-        return {"rtd/generator": generator_loss, "rtd/discriminator": discriminator_loss}
-
-    def _generate(self, generator, view, layout, weights) -> tuple[TermLoss, tuple[torch.Tensor, torch.Tensor]]:
-        """Return the generator's loss, and its samples: each place's slot among them (−1 where none), the tokens."""
-        batch, labels = view.batch, view.labels.reshape(-1)
-        targets = compact(labels != IGNORED, view.capacity)
-        loss, tokens = generator(
-            view.tokens,
-            layout,
-            targets,
-            lambda features, weight, bias: linear_cross_entropy_and_sample(
-                features,
-                weight,
-                targets.take(labels, padding=IGNORED),
-                targets.take(batch.segment_ids.reshape(-1), padding=-1),
-                len(batch.sample_ids),
-                targets.take(batch.position_ids.reshape(-1)),
-                batch.sample_ids,
-                batch.visits,
-                seed=self.seed,
-                stream="rtd/sample",
-                bias=bias,
-                sample_weights=weights,
-                impl=self.impl,
-            ),
-        )
-        slots = targets.slots.view_as(batch.tokens)
-        return TermLoss(loss.total + targets.overflow, loss.sums), (slots, tokens)
-
-    def _detect(self, head, hidden, labels, batch, weights) -> TermLoss:
-        places = compact(batch.real.reshape(-1))
-        loss = head(
-            places.take(hidden.flatten(0, 1)),
-            lambda features, weight, bias: detection_loss(
-                features,
-                weight[0],
-                places.take(labels.reshape(-1), padding=IGNORED),
-                places.take(batch.segment_ids.reshape(-1), padding=-1),
-                len(batch.sample_ids),
-                bias=bias,
-                sample_weights=weights,
-                impl=self.impl,
-            ),
-        )
-        return TermLoss(loss.total, loss.sums)
+        tokens, labels = view.tokens, view.labels
+        if self.generates:
+            losses["rtd/generator"], drawn = generator_loss(
+                model.heads["generator"], view, layout, weights, seed=self.seed, stream="rtd/sample", impl=self.impl
+            )
+            # A generator that hits the original leaves the label "original".
+            tokens, labels = replace_tokens(batch.tokens, batch.segment_ids, *drawn, impl=self.impl)
+        hidden = encoder(tokens, layout)
+        head = model.heads["detection"]
+        losses["rtd/discriminator"] = token_detection_loss(head, hidden, labels, batch, weights, self.impl)
+        return losses

@@ -6,7 +6,7 @@ from transformers import ElectraForPreTraining
 from fused_objectives.philox import philox, philox_of_key
 from fused_objectives.targets import IGNORED, compact
 from pretrain.model.attention import Layout
-from pretrain.objectives import rtd
+from pretrain.objectives import losses, rtd
 from tests.builders import padded, random_samples
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
 
@@ -62,12 +62,12 @@ def test_labels_and_loss_are_those_of_transformers_electra_with_hits_counted_as_
     masked = view.labels != IGNORED
     originals = view.labels[masked]
     guesses = torch.where(torch.arange(len(originals)) < hits, originals, (originals + 1 - 5) % 206 + 5)
-    honest = rtd.linear_cross_entropy_and_sample
+    honest = losses.linear_cross_entropy_and_sample
 
     def guessing(*arguments, **options):
         return honest(*arguments, **options)._replace(tokens=guesses)
 
-    monkeypatch.setattr(rtd, "linear_cross_entropy_and_sample", guessing)
+    monkeypatch.setattr(losses, "linear_cross_entropy_and_sample", guessing)
     sums = model.objectives["rtd"].loss(model, view)["rtd/discriminator"].sums
 
     tokens = batch.tokens.clone()
