@@ -112,6 +112,11 @@ class Encoder(nn.Module):
         return self.pretrained.config
 
     @property
+    def positions(self) -> int | None:
+        """The most tokens of a sample; None if there is no bound."""
+        return _positions(self.config)
+
+    @property
     def causal_only(self) -> bool:
         """Whether this is a decoder, whose attention is always causal."""
         return not is_encoder(self.config)
@@ -124,11 +129,6 @@ class Encoder(nn.Module):
         """Return the last hidden states ``[rows, length, hidden]`` of ``tokens [rows, length]``."""
         positions = layout.batch.position_ids + self.first_position
         if self.packs_rows:
-    @property
-    def positions(self) -> int | None:
-        """The most tokens of a sample; None if there is no bound."""
-        return _positions(self.config)
-
             inputs = {"position_ids": positions, "layout": layout}
         else:
             inputs = {"position_ids": positions, "attention_mask": layout.batch.real.long()}
@@ -181,7 +181,7 @@ def backbone_config(model: ModelConfig, vocabulary: Vocabulary, max_length: int)
     if room is not None and room < max_length:
         key = "checkpoint" if model.checkpoint else "overrides.max_position_embeddings"
         raise UserError(
-            f"model.{key}: room for samples of {positions - before} tokens, but the store's longest has {max_length}; "
+            f"model.{key}: room for samples of {room} tokens, but the store's longest has {max_length}; "
             "prepare the store with shorter samples (medley prepare --max-length)"
         )
     if model.dropout is not None:
@@ -194,6 +194,13 @@ def backbone_config(model: ModelConfig, vocabulary: Vocabulary, max_length: int)
 def _first_position(family: str, pad_id: int | None) -> int:
     """Return the number of a sample's first position: RoBERTa and its kin count from behind the padding token's id."""
     return (pad_id or 0) + 1 if "roberta" in family or family in _OFFSET_POSITIONS else 0
+
+
+def _positions(config) -> int | None:
+    """Return how many tokens of a sample a config has positions for; None if it sets no bound."""
+    positions = getattr(config, "max_position_embeddings", None)
+    before = _first_position(config.model_type, getattr(config, "pad_token_id", None))
+    return None if positions is None else positions - before
 
 
 def _from_checkpoint(model: ModelConfig):
@@ -214,13 +221,6 @@ def _check_kind(config) -> None:
         )
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.family: '{config.model_type}' is not a language model that transformers can build")
-def _positions(config) -> int | None:
-    """Return how many tokens of a sample a config has positions for; None if it sets no bound."""
-    positions = getattr(config, "max_position_embeddings", None)
-    before = _first_position(config.model_type, getattr(config, "pad_token_id", None))
-    return None if positions is None else positions - before
-
-
 
 
 def _from_scratch(model: ModelConfig, vocabulary: Vocabulary, max_length: int):

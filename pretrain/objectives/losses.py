@@ -7,6 +7,9 @@ from fused_objectives.detection import detection_loss
 from fused_objectives.generator_sampling import linear_cross_entropy_and_sample
 from fused_objectives.linear_cross_entropy import linear_cross_entropy
 from fused_objectives.targets import IGNORED, compact
+from pretrain.data.batch import Batch
+from pretrain.model.attention import Layout
+from pretrain.model.generator import Generator
 from pretrain.objectives.base import LabelledView, TermLoss
 
 
@@ -22,9 +25,25 @@ def vocabulary_loss(
         weights: ``[S]`` float32 or None, the samples' weights.
         impl: which implementation the op takes.
     """
-    labels = view.labels.reshape(-1)
-    targets = compact(labels != IGNORED, view.capacity)
-    segments = targets.take(view.batch.segment_ids.reshape(-1), padding=-1)
+    samples = len(view.batch.sample_ids)
+    return cross_entropies(head, hidden, view.labels, view.batch.segment_ids, samples, view.capacity, weights, impl)
+
+
+def cross_entropies(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    segments: torch.Tensor,
+    samples: int,
+    capacity: int | None,
+    weights: torch.Tensor | None,
+    impl: str,
+) -> TermLoss:
+    """Return the cross entropies of ``labels [rows, length]``, whose places belong to samples as ``segments`` say; the
+    other arguments are those of :func:`vocabulary_loss`."""
+    labels = labels.reshape(-1)
+    targets = compact(labels != IGNORED, capacity)
+    segments = targets.take(segments.reshape(-1), padding=-1)
     loss = head(
         targets.take(hidden.flatten(0, 1)),
         lambda features, weight, bias: linear_cross_entropy(
@@ -32,7 +51,7 @@ def vocabulary_loss(
             weight,
             targets.take(labels, padding=IGNORED),
             segments,
-            len(view.batch.sample_ids),
+            samples,
             bias=bias,
             sample_weights=weights,
             impl=impl,
