@@ -1,6 +1,7 @@
 """What many tests need: random samples, stores, batches laid out by a plain loop, a tokenizer, tiny encoders."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,17 @@ from pretrain.model.vocabulary import Vocabulary
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCABULARY = Vocabulary(size=211, pad_id=PAD, mask_id=MASK, special_ids=np.array([PAD, CLS, SEP, MASK]))
 
+SENTINELS = tuple(range(VOCABULARY.size, VOCABULARY.size + 9))
+PAIRED_VOCABULARY = replace(
+    VOCABULARY,
+    size=VOCABULARY.size + len(SENTINELS),
+    special_ids=np.array([*VOCABULARY.special_ids, *SENTINELS]),
+    bos_id=CLS,
+    eos_id=SEP,
+    sentinel_ids=np.array(SENTINELS),
+)
+"""The same, and what an encoder–decoder needs."""
+
 _BERT_LIKE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 TINY: dict[str, dict] = {
     "bert": _BERT_LIKE,
@@ -31,6 +43,18 @@ TINY: dict[str, dict] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
 }
 """Family → overrides that make a model of about ten thousand weights besides its embeddings."""
+_T5_LIKE = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "initializer_factor": 2.0}
+_BART_SIDE = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
+TINY_PAIRED: dict[str, dict] = {
+    "t5": _T5_LIKE,
+    "mt5": _T5_LIKE,
+    "bart": {
+        "d_model": 32,
+        "init_std": 0.2,
+        **{f"{side}_{key}": number for side in ("encoder", "decoder") for key, number in _BART_SIDE.items()},
+    },
+}
+"""The same for encoder–decoders."""
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -113,15 +137,18 @@ def places_of(batch: Batch, sample: int) -> torch.Tensor:
 
 
 def tiny_encoder(family: str, seed: int = 0, *, dropout: float | None = 0.0, max_length: int = 64, **keys) -> Encoder:
-    """Return a small random encoder of a family, in evaluation mode; ``keys`` go to :class:`ModelConfig`.
+    """Return a small random backbone of a family, in evaluation mode; ``keys`` go to :class:`ModelConfig`.
 
     The weights are drawn wider than usual, so that attention and positions matter to the hidden states.
     """
-    overrides = {**TINY[family], "initializer_range": 0.2, **keys.pop("overrides", {})}
+    paired = family in TINY_PAIRED
+    vocabulary, families = (PAIRED_VOCABULARY, TINY_PAIRED) if paired else (VOCABULARY, TINY)
+    width = {} if paired else {"initializer_range": 0.2}
+    overrides = {**families[family], **width, **keys.pop("overrides", {})}
     model = ModelConfig(family=family, size=None, overrides=overrides, dropout=dropout, **keys)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = backbone_config(model, VOCABULARY, max_length)
+        config = backbone_config(model, vocabulary, max_length)
         encoder = build_encoder(model, config, device_type="cpu", dtype=torch.float32)
         for parameter in encoder.pretrained.parameters():
             if parameter.dim() == 1:  # biases of zero and gains of one would hide that they are used

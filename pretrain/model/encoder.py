@@ -1,19 +1,31 @@
-"""The backbone and its vocabulary head: any Hugging Face encoder or decoder, new or from a checkpoint."""
+"""The backbone and its vocabulary head: any Hugging Face encoder or decoder, new or from a checkpoint; and which
+backbone a recipe asks for."""
 
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_serializer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 from pretrain.config import Config
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError, nearest, unknown
 from pretrain.model.attention import NAME as PACKED_ATTENTION
 from pretrain.model.attention import Layout
+from pretrain.model.encoder_decoder import EncoderDecoder
 from pretrain.model.sizes import SIZES
 from pretrain.model.vocabulary import Vocabulary
 from pretrain.model.vocabulary_head import VocabularyHead
@@ -26,6 +38,7 @@ _DROPOUTS = (
     "mlp_dropout",
     "activation_dropout",
     "dropout",
+    "dropout_rate",
     "resid_pdrop",
     "embd_pdrop",
     "attn_pdrop",
@@ -151,6 +164,11 @@ def _samples_in_a_row(samples: int, length: int) -> Batch:
     )
 
 
+def is_encoder_decoder(config) -> bool:
+    """Whether a Hugging Face config belongs to a model with an encoder and a decoder."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
 def is_encoder(config) -> bool:
     """Whether a Hugging Face config belongs to a masked-language model."""
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
@@ -161,7 +179,7 @@ def backbone_config(model: ModelConfig, vocabulary: Vocabulary, max_length: int)
 
     Raises:
         UserError: for an unknown family, size or override, a checkpoint that cannot be read, a vocabulary or positions
-            that are too small, or an encoder–decoder.
+            that are too small, or a model that is none for text.
     """
     config = _from_checkpoint(model) if model.checkpoint else _from_scratch(model, vocabulary, max_length)
     _check_kind(config)
@@ -215,11 +233,11 @@ def _from_checkpoint(model: ModelConfig):
 
 
 def _check_kind(config) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"model.family: '{config.model_type}' is an encoder–decoder; this program trains encoders and decoders"
-        )
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if is_encoder_decoder(config):
+        known = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    else:
+        known = type(config) in MODEL_FOR_MASKED_LM_MAPPING or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known:
         raise UserError(f"model.family: '{config.model_type}' is not a language model that transformers can build")
 
 
@@ -254,20 +272,34 @@ def _from_scratch(model: ModelConfig, vocabulary: Vocabulary, max_length: int):
         for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
         if hasattr(defaults, name)
     }
+    if is_encoder_decoder(defaults):
+        keys |= _roles(defaults, vocabulary)
     try:
         return CONFIG_MAPPING[model.family](**(keys | model.overrides))
     except Exception as error:  # the config classes raise whatever they meet
         raise UserError(f"model.overrides: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
-def build_encoder(model: ModelConfig, config, *, device_type: str, dtype: torch.dtype) -> Encoder:
+def _roles(defaults, vocabulary: Vocabulary) -> dict[str, int | None]:
+    """Return the tokens that begin and end what a decoder writes: BART begins with the end token, T5 with padding."""
+    eos = vocabulary.eos_id
+    begins_with_end = getattr(defaults, "decoder_start_token_id", None) == defaults.eos_token_id and eos is not None
+    roles = {"eos_token_id": eos, "decoder_start_token_id": eos if begins_with_end else vocabulary.pad_id}
+    others = {"bos_token_id": vocabulary.bos_id, "forced_eos_token_id": eos}
+    return roles | {name: index for name, index in others.items() if getattr(defaults, name, None) is not None}
+
+
+def build_encoder(model: ModelConfig, config, *, device_type: str, dtype: torch.dtype) -> Encoder | EncoderDecoder:
     """Build the backbone in fp32 on the CPU, with weights from ``model.checkpoint`` or drawn with torch's generator; it
     is in training mode.
 
     Raises:
         UserError: if the weights cannot be read, or there is no model of these dimensions.
     """
+    paired = is_encoder_decoder(config)
     auto = AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
+    if paired:
+        auto = AutoModelForSeq2SeqLM
     try:
         if model.checkpoint:
             pretrained = auto.from_pretrained(model.checkpoint, config=config, dtype=torch.float32)
@@ -281,6 +313,10 @@ def build_encoder(model: ModelConfig, config, *, device_type: str, dtype: torch.
     pretrained.train()  # a checkpoint comes without dropout
     if model.activation_checkpointing and not pretrained.supports_gradient_checkpointing:
         raise UserError(f"model.activation_checkpointing: '{config.model_type}' does not support it; set it to false")
+    if paired:
+        if model.attention == "varlen":
+            raise UserError(f"model.attention: '{config.model_type}' is an encoder–decoder and has its own; use 'auto'")
+        return EncoderDecoder(pretrained, activation_checkpointing=model.activation_checkpointing)
     attention = _attention(model, config, device_type, dtype)
     return Encoder(pretrained, attention=attention, activation_checkpointing=model.activation_checkpointing)
 

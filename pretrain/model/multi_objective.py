@@ -5,7 +5,8 @@ from torch import nn
 
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
-from pretrain.objectives.base import Objective, TermLoss, View
+from pretrain.model.encoder_decoder import EncoderDecoder
+from pretrain.objectives.base import REGISTRY, Objective, TermLoss, View
 
 BACKBONE = "backbone"
 
@@ -23,23 +24,24 @@ class MultiObjectiveModel(nn.Module):
         objectives: by name; each is asked for the heads that no earlier one has built.
     """
 
-    def __init__(self, encoder: Encoder, objectives: dict[str, Objective]):
+    def __init__(self, encoder: Encoder | EncoderDecoder, objectives: dict[str, Objective]):
         super().__init__()
         self.encoder = encoder
         self.objectives = objectives
         self.heads = nn.ModuleDict()
         for objective in objectives.values():
+            _check_kind(objective, encoder)
             objective.check(encoder)
             missing = set(objective.heads) - set(self.heads)
             if missing:
                 built = objective.build_heads(encoder)
                 self.heads.update({name: built[name] for name in objective.heads if name in missing})
-
-    def components(self) -> dict[str, list[nn.Parameter]]:
         for objective in objectives.values():
             for head, reason in objective.borrows.items():
                 if head not in self.heads:
                     raise UserError(reason)
+
+    def components(self) -> dict[str, list[nn.Parameter]]:
         """Return component → parameters: ``backbone``, then every head without what it shares with those before it."""
         seen: set[int] = set()
         components: dict[str, list[nn.Parameter]] = {}
@@ -75,3 +77,16 @@ class MultiObjectiveModel(nn.Module):
             losses |= self.objectives[name].loss(self, view, weights)
         loss = sum(scales[term] * term_loss.total for term, term_loss in losses.items())
         return loss, {term: term_loss.sums for term, term_loss in losses.items()}
+
+
+def _check_kind(objective: Objective, backbone: Encoder | EncoderDecoder) -> None:
+    """Raise :class:`UserError` if an objective of sources and targets meets another backbone, or the reverse."""
+    paired = isinstance(backbone, EncoderDecoder)
+    if objective.paired == paired:
+        return
+    if paired:
+        fitting = ", ".join(sorted(name for name, each in REGISTRY.items() if each.paired))
+        reason = f"'{backbone.config.model_type}' is an encoder–decoder, which is trained on {fitting}"
+    else:
+        reason = f"needs an encoder–decoder, such as t5 or bart; '{backbone.config.model_type}' is none (model.family)"
+    raise UserError(f"objectives.{objective.name}: {reason}")

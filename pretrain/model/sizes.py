@@ -17,4 +17,38 @@ _MODERNBERT = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 2624},
 }
 
-SIZES = {"bert": _BERT_LIKE, "roberta": _BERT_LIKE, "electra": _ELECTRA, "modernbert": _MODERNBERT, "llama": _BERT_LIKE}
+# As published from small on (arXiv 1910.10683, section 3.7): as many layers in the decoder as in the encoder.
+_T5 = {
+    "tiny": {"d_model": 128, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 2},
+    "small": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+    "base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+    "large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
+}
+# As published from small on (arXiv 2010.11934, section 3.2).
+_MT5 = {
+    "tiny": {"d_model": 128, "d_kv": 64, "d_ff": 256, "num_layers": 2, "num_heads": 2},
+    "small": {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
+    "base": {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
+    "large": {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
+}
+
+
+def _bart(width: int, layers: int) -> dict[str, int]:
+    """Return BART's keys; base and large as published (arXiv 1910.13461, section 2.1)."""
+    sides = ("encoder", "decoder")
+    keys = {"layers": layers, "attention_heads": width // 64, "ffn_dim": 4 * width}
+    return {"d_model": width} | {f"{side}_{key}": number for side in sides for key, number in keys.items()}
+
+
+_BART = {"tiny": _bart(128, 2), "small": _bart(512, 4), "base": _bart(768, 6), "large": _bart(1024, 12)}
+
+SIZES = {
+    "bert": _BERT_LIKE,
+    "roberta": _BERT_LIKE,
+    "electra": _ELECTRA,
+    "modernbert": _MODERNBERT,
+    "llama": _BERT_LIKE,
+    "t5": _T5,
+    "mt5": _MT5,
+    "bart": _BART,
+}

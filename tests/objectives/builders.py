@@ -10,7 +10,15 @@ import numpy as np
 from pretrain.data.batch import Batch
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.objectives.base import build_objectives, parse_objectives
-from tests.builders import VOCABULARY, lay_out, random_samples, tiny_encoder, word_tokenizer
+from tests.builders import (
+    PAIRED_VOCABULARY,
+    TINY_PAIRED,
+    VOCABULARY,
+    lay_out,
+    random_samples,
+    tiny_encoder,
+    word_tokenizer,
+)
 
 
 def model_with(
@@ -19,7 +27,8 @@ def model_with(
     """Return a model with one objective, configured by ``keys``, in evaluation mode (dropout is there, but off)."""
     if name == "end_task":
         keys = {"task": str(Path(_tiny_task().name) / "tiny"), **keys}
-    objectives = build_objectives(parse_objectives({name: keys}, "test"), VOCABULARY, seed, impl)
+    vocabulary = PAIRED_VOCABULARY if family in TINY_PAIRED else VOCABULARY
+    objectives = build_objectives(parse_objectives({name: keys}, "test"), vocabulary, seed, impl)
     objectives[name].prepare(word_tokenizer(), 24)
     return MultiObjectiveModel(tiny_encoder(family, dropout=dropout), objectives).eval()
 

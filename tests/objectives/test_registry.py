@@ -8,7 +8,7 @@ import torch
 from pretrain.errors import UserError
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.objectives import REGISTRY
-from tests.builders import TINY, VOCABULARY, lay_out, padded, random_samples
+from tests.builders import TINY, TINY_PAIRED, VOCABULARY, lay_out, padded, random_samples
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
 
 ROWS = 16
@@ -19,7 +19,7 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["bert", "modernbert", "llama"], scope="module")
+@pytest.fixture(params=["bert", "modernbert", "llama", "t5", "bart"], scope="module")
 def model(name, request) -> MultiObjectiveModel:
     """The objective with its default configuration on each backbone that it fits."""
     try:
@@ -216,6 +216,9 @@ def test_corruption_is_the_same_in_any_layout_and_leaves_the_batch_as_it_was(obj
             assert torch.equal(values[0][whole.real], values[1][alone.real]), field.name
             assert torch.equal(values[0], values[2]), field.name
             compared += 1
+        elif objective.paired and isinstance(values[0], torch.Tensor):  # a row is a sample
+            assert all(torch.equal(values[0], value) for value in values[1:]), field.name
+            compared += 1
     assert compared >= 1
     if objective.rows_together == 1 and not objective.rows_are_units:
         assert all(torch.equal(views[0].counts[term], views[1].counts[term]) for term in objective.terms)
@@ -226,6 +229,12 @@ def test_corruption_never_touches_special_tokens_or_padding(objective):
     batch = lay_out([samples[i : i + 2] for i in range(0, 40, 2)], row_length=71)
     special = torch.isin(batch.tokens, torch.from_numpy(VOCABULARY.special_ids)) | ~batch.real
     view = objective.corrupt(batch, 0.0)
+    if objective.paired:
+        kept = torch.isin(view.tokens, torch.from_numpy(VOCABULARY.special_ids[1:3]))
+        expected = [batch.tokens[special & (batch.segment_ids == number)] for number in range(len(samples))]
+        assert torch.equal(view.tokens[kept], torch.cat(expected))
+        assert torch.equal(view.tokens == VOCABULARY.pad_id, ~view.real)
+        return
     assert torch.equal(view.tokens[special], batch.tokens[special])
     assert not torch.isin(view.tokens[~special], torch.from_numpy(VOCABULARY.special_ids[:3])).any()
 
@@ -239,7 +248,7 @@ def test_heads_are_those_declared_and_get_a_gradient(model, objective, name, who
 
 
 def test_sums_are_float32_under_autocast_and_with_16_bit_weights(name):
-    for family in ("bert", "llama"):
+    for family in ("bert", "llama", "t5", "bart"):
         try:
             model = model_with(name, family)
         except UserError:
@@ -261,7 +270,7 @@ def test_sums_are_float32_under_autocast_and_with_16_bit_weights(name):
 def test_every_tiny_family_trains_on_every_objective_that_accepts_it(name):
     rows = [[sample] for row in rows_of_samples(8) for sample in row][:8]
     accepted = []
-    for family in TINY:
+    for family in (*TINY, *TINY_PAIRED):
         try:
             model = model_with(name, family)
         except UserError as error:
@@ -272,7 +281,7 @@ def test_every_tiny_family_trains_on_every_objective_that_accepts_it(name):
         loss.backward()
         assert loss.isfinite() and loss > 0
         accepted.append(family)
-    assert "bert" in accepted
+    assert ("t5" if REGISTRY[name].paired else "bert") in accepted
 
 
 def test_an_unknown_key_of_an_objective_is_refused_by_its_name(name):
