@@ -11,6 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain import __version__
+from pretrain.data.annotation_writer import AnnotationWriter
+from pretrain.data.annotations import folder_of
+from pretrain.data.annotators import ANNOTATIONS, Annotator, annotators
 from pretrain.data.documents import DOCUMENTS, Piece, Reader, Tally
 from pretrain.data.output import whole_folder
 from pretrain.data.pool import cores, in_order
@@ -39,11 +42,15 @@ class Options:
             at most ``TRAINING_CHARACTERS`` of it.
         train_tokenizer: the kind to train, ``wordpiece`` or ``bpe``.
         vocabulary: entries of a trained tokenizer at most.
+        sentinels: how many of the entries of a trained tokenizer stand for spans (``<extra_id_0>``, …), as span
+            corruption needs them.
         lowercase: whether a trained ``wordpiece`` tokenizer folds case and strips accents.
         max_length: most tokens in a sample, special tokens included.
         min_length: fewest tokens of text in a sample, special tokens not counted.
         heldout: fraction of documents held out, chosen by the hash of a document's first piece.
         max_bad: largest fraction of documents that may be unreadable.
+        annotate: annotations to make of the raw text, names of ``ANNOTATIONS`` with commas between them.
+        spacy: name or path of the spaCy model that makes them; None takes the rules.
     """
 
     field: str = "text"
@@ -53,11 +60,14 @@ class Options:
     tokenizer: str | None = None
     train_tokenizer: str = "wordpiece"
     vocabulary: int = 30522
+    sentinels: int = 0
     lowercase: bool = False
     max_length: int = 128
     min_length: int = 8
     heldout: float = 0.01
     max_bad: float = 0.001
+    annotate: str = ""
+    spacy: str | None = None
 
     def __post_init__(self):
         if self.documents not in DOCUMENTS:
@@ -66,11 +76,17 @@ class Options:
             raise unknown("value", self.train_tokenizer, KINDS, where="--train-tokenizer")
         if self.lowercase and (self.tokenizer or self.train_tokenizer != "wordpiece"):
             raise UserError("--lowercase is for a wordpiece tokenizer trained here; leave it out")
+        if self.sentinels < 0:
+            raise UserError(f"--sentinels {self.sentinels}: must not be negative")
+        if self.sentinels and self.tokenizer:
+            raise UserError("--sentinels is for a tokenizer trained here; leave it out, or name T5's, which has them")
         if self.min_length < 1:
             raise UserError(f"--min-length {self.min_length}: must be at least 1")
         for name in ("heldout", "max_bad"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0 and below 1")
+        if self.spacy and not self.annotate:
+            raise UserError("--spacy goes with --annotate; name what to annotate")
 
 
 @dataclass
@@ -171,6 +187,7 @@ def _make_tokenizer(sources: list[Source], settings: Options, folder: Path) -> t
             settings.vocabulary,
             settings.lowercase,
             settings.max_length,
+            settings.sentinels,
         )
     tokenizer.save_pretrained(folder)
     before, after = frame(tokenizer)
@@ -258,6 +275,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="a Hugging Face tokenizer")
     choice.add_argument("--train-tokenizer", choices=KINDS, help="train one on the text (default: %(default)s)")
     group.add_argument("--vocabulary", type=int, metavar="N", help="entries of a trained one (default: %(default)s)")
+    group.add_argument(
+        "--sentinels", type=int, metavar="N", help="of them stand for spans, for T5's objective (default: %(default)s)"
+    )
     group.add_argument("--lowercase", action="store_true", help="train one that folds case (wordpiece)")
     add = parser.add_argument_group("samples").add_argument
     add("--max-length", type=int, metavar="TOKENS", help="of a sample, specials included (default: %(default)s)")

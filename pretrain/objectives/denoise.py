@@ -1,4 +1,4 @@
-"""Denoising by text infilling (BART, arXiv 1910.13461, section 2.2): write a sample, of which spans are hidden, whole."""
+"""Denoising by text infilling (BART, arXiv 1910.13461, section 2.2): spans are hidden, and the whole sample written."""
 
 from typing import Literal
 

@@ -57,7 +57,7 @@ def refused(document, *arguments, ds="zero2.json") -> str:
         ({"sampler__shares": {"mlm": 1}}, ["sampler.shares", "'cse'"]),
         ({"sampler__name": "unifrom"}, ["sampler.name", "did you mean 'uniform'"]),
         ({"model__family": "brt"}, ["model.family", "did you mean 'bert'"]),
-        ({"model__family": "t5"}, ["model.family", "encoder–decoder"]),
+        ({"model": {"family": "t5", "size": "tiny"}}, ["objectives.mlm", "encoder–decoder", "span_corruption"]),
         ({"model": {"family": "vit"}}, ["model.family", "not a language model"]),
         ({"model__size": "smal"}, ["model.size", "did you mean 'small'"]),
         ({"model__overrides": {"hidden_sise": 32}}, ["model.overrides.hidden_sise", "did you mean 'hidden_size'"]),
