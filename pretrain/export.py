@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from pretrain.data.output import whole_folder
 from pretrain.data.tokenization import load_tokenizer
 from pretrain.errors import UserError
+from pretrain.model.classifier import sequence_classifier
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.model.vocabulary import Vocabulary
 from pretrain.recipe import Recipe, load_recipe
@@ -22,7 +23,7 @@ from pretrain.training.log import read_metrics
 from pretrain.training.states import load_weights
 
 MARKS = ("config.json", "model.safetensors", "README.md")  # what tells an export from another folder
-KINDS = ("masked-lm", "causal-lm", "discriminator", "generator", "backbone")
+KINDS = ("masked-lm", "causal-lm", "discriminator", "generator", "sequence-classification", "backbone")
 
 
 def export(checkpoint: str | Path, out: str | Path, kind: str | None = None, *, overwrite: bool = False) -> Path:
@@ -101,6 +102,10 @@ def _choose(model: MultiObjectiveModel, kind: str) -> PreTrainedModel:
         discriminator.electra = model.encoder.backbone
         discriminator.discriminator_predictions.load_state_dict(model.heads["detection"].state_dict())
         return discriminator
+    if kind == "sequence-classification":
+        if "end_task" not in model.heads or model.objectives["end_task"].config.pooling != "first":
+            raise UserError(f"--as {kind}: needs 'end_task' on the first token ({trained})")
+        return sequence_classifier(model.encoder, model.heads["end_task"])
     return model.encoder.backbone
 
 

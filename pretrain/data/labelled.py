@@ -91,7 +91,8 @@ def encode(
     seconds = [[]] * len(firsts) if split.pairs is None else _ids(split.pairs, tokenizer)
     for first, second in zip(firsts, seconds, strict=True):
         cut += len(first) + len(second) > room
-        kept = min(len(first), max(room - len(second), -(-room // 2)))
+        half = (room + (len(first) > len(second))) // 2
+        kept = min(len(first), max(room - len(second), half))
         samples.append([*before, *first[:kept], *border, *second[: room - kept], *after] or [pad_id])
     lengths = np.array([len(sample) for sample in samples])
     return LabelledSamples(
@@ -107,12 +108,10 @@ def encode(
 def pair_border(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """Return the special ids between the two texts of a pair: what the tokenizer itself puts there, or where it puts
     nothing, what ends a sample."""
-    before, after = frame(tokenizer)
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    pair = tokenizer("a", "a")["input_ids"]
-    added = len(tokenizer("a")["input_ids"]) > len(bare)  # or else the frame is ours, not the tokenizer's
-    inner = pair[len(before) : len(pair) - len(after)] if added else pair
-    return inner[len(bare) : len(inner) - len(bare)] or after
+    one, two = tokenizer("a")["input_ids"], tokenizer("a", "a")["input_ids"]
+    before = next((i for i in range(len(one)) if one[i : i + len(bare)] == bare), 0)
+    return two[before + len(bare) : len(two) - (len(one) - before)] or frame(tokenizer)[1]
 
 
 def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:

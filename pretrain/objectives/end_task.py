@@ -1,10 +1,10 @@
 """The end task as an objective of pre-training (TARTAN, arXiv 2109.07437): classes or numbers of labelled samples.
 
-The labelled samples are not those of the store. Every row of the global batch draws some of its task's train split, with
-replacement, by a counter of its own: the first sample's id and visit. So what a step trains on is decided by the step's
+The labelled samples are not those of the store. Every row of the global batch draws from the task's train split, with
+replacement, by a counter of its own: its first sample's id and visit. So what a step trains on is decided by the step's
 rows alone, whatever the ranks and micro-batches, and a resumed run goes on with the same draws. An epoch of the task is
-therefore not enforced: visiting every labelled sample equally often would need a counter that outlives the batch, and
-the draws of a row would depend on how many rows, by which samplers, came before it.
+therefore not enforced: to visit every labelled sample equally often needs a counter that outlives the batch, and with
+it a row's draws would depend on the rows, and the sampler's choices, before it.
 """
 
 import re
@@ -128,16 +128,14 @@ class EndTask(Objective):
         return [*(self.task.notes if self.task else []), *cut]
 
     @property
-    def fingerprint(self) -> str:
-        return " ".join(self.splits[name].fingerprint for name in ("train", "dev"))
+    def fingerprint(self) -> str | None:
+        return " ".join(samples.fingerprint for name, samples in self.splits.items() if name != "test") or None
 
     def check(self, encoder: Encoder) -> None:
         if encoder.causal_only and self.config.pooling == "first":
             raise UserError(f"objectives.{self.name}.pooling: a decoder's first token sees nothing else; use 'mean'")
-        positions = getattr(encoder.config, "max_position_embeddings", None)
-        longest = max((samples.longest for samples in self.splits.values()), default=0)
-        if positions is not None and longest > positions - encoder.first_position:
-            room = positions - encoder.first_position
+        room, longest = encoder.positions, max((samples.longest for samples in self.splits.values()), default=0)
+        if room is not None and longest > room:
             raise UserError(
                 f"objectives.{self.name}.max_length: the task's longest text has {longest} tokens, "
                 f"but the model has room for {room}; set it to {room} or less"
