@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
+from fused_objectives.editing import Edited
 from pretrain.data.annotations import NO_UNIT, Annotation
 from pretrain.data.store import Store
 
@@ -44,6 +45,17 @@ class Batch:
         """Add up ``values [rows, length]`` over the places of each sample, ``[S]``; padding is left out."""
         sums = values.new_zeros(len(self.sample_ids) + 1)
         return sums.index_add(0, self.segment_ids.reshape(-1) + 1, values.reshape(-1))[1:]
+
+    def edited(self, edit: Edited) -> "Batch":
+        """Return the batch after an edit that moved its tokens; units do not move along."""
+        return replace(
+            self,
+            tokens=edit.tokens,
+            segment_ids=edit.segments,
+            position_ids=edit.positions,
+            lengths=edit.lengths,
+            units={},
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``."""

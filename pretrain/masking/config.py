@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.annotations import PARTS_OF_SPEECH
 
-ANNOTATED = {"salient": "salient", "learned": "learned", "pos_weighted": "pos"}
+ANNOTATED = {"salient": "salient", "learned": "learned", "pos_weighted": "pos", "guided": "salient"}
 """Policy → the annotation of the store that it reads, unless the recipe names another."""
 
 _OWN_KEYS = {"annotation": tuple(ANNOTATED), "span": ("span",), "power": ("frequency",), "weights": ("pos_weighted",)}
@@ -49,12 +49,14 @@ class SpanConfig(Config):
 class ChoiceConfig(Config):
     """Which tokens are chosen, and how many."""
 
-    policy: Literal["random", "whole_word", "span", "salient", "frequency", "pos_weighted", "learned"] = "random"
+    policy: Literal["random", "whole_word", "span", "salient", "frequency", "pos_weighted", "learned", "guided"] = (
+        "random"
+    )
     """docs/masking.md describes them."""
     rate: ScheduledFraction = Scheduled(start=0.15)
-    """Expected fraction of ordinary tokens that are chosen."""
+    """Expected fraction of ordinary tokens that are chosen; for ``guided`` the probability of each unit."""
     annotation: str | None = Field(None, pattern=r"^[\w.-]+$")
-    """Name of the annotation that ``salient``, ``learned`` or ``pos_weighted`` reads, if not their own."""
+    """Name of the annotation that ``salient``, ``learned``, ``guided`` or ``pos_weighted`` reads, if not their own."""
     span: SpanConfig = SpanConfig()
     """For ``span``."""
     power: float = Field(0.5, ge=0, le=2)

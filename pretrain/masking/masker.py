@@ -81,7 +81,8 @@ class Chooser:
         )
         capacity = None
         if batch.tokens.is_cuda:
-            capacity = capacity_for(batch.tokens.numel(), rate, together=self.policy.together)
+            share = self.policy.largest_share(rate)
+            capacity = capacity_for(batch.tokens.numel(), share, together=self.policy.together)
         fallbacks = choice.fallbacks
         if fallbacks is None:
             fallbacks = batch.tokens.new_zeros(())

@@ -14,6 +14,8 @@ from pretrain.data.batch import Batch
 from pretrain.masking.config import ChoiceConfig
 from pretrain.model.vocabulary import Vocabulary
 
+_RATE_WITHOUT_UNITS = 0.15  # of guided masking
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -53,6 +55,10 @@ class Policy(ABC):
 
     def __init__(self, config: ChoiceConfig, vocabulary: Vocabulary):
         self.config, self.vocabulary = config, vocabulary
+
+    def largest_share(self, rate: float) -> float:
+        """Return the largest fraction of tokens that is chosen in expectation."""
+        return rate
 
     @abstractmethod
     def choose(self, batch: Batch, rate: float, draw: Draws) -> Choice:
@@ -131,6 +137,28 @@ class Annotated(Policy):
         return Choice(chosen=chosen & (inside | lost), fallbacks=(without & (in_all > 0)).sum())
 
 
+class Guided(Policy):
+    """Nothing but units that an annotation marks, each with probability ``rate`` (MOMETAS, arXiv 2210.10293).
+
+    In a sample without a unit tokens are chosen at random, 15 % of them.
+    """
+
+    together = 32
+
+    def largest_share(self, rate: float) -> float:
+        return max(rate, _RATE_WITHOUT_UNITS)
+
+    def choose(self, batch: Batch, rate: float, draw: Draws) -> Choice:
+        units = batch.units[self.config.annotation_name]
+        inside = units != NO_UNIT
+        text = self.vocabulary.tables(batch.tokens.device).is_ordinary[batch.tokens] & batch.real
+        in_units, in_all = (batch.sum_per_sample(which.long()) for which in (inside & text, text))
+        lost = _spread(batch, in_units == 0)
+        probability = torch.where(lost, _RATE_WITHOUT_UNITS, rate)
+        chosen = draw.choose(torch.where(lost, batch.position_ids, units), probability)
+        return Choice(chosen=chosen & (inside | lost), fallbacks=((in_units == 0) & (in_all > 0)).sum())
+
+
 POLICIES: dict[str, type[Policy]] = {
     "random": Random,
     "whole_word": WholeWord,
@@ -139,6 +167,7 @@ POLICIES: dict[str, type[Policy]] = {
     "pos_weighted": PartOfSpeech,
     "salient": Annotated,
     "learned": Annotated,
+    "guided": Guided,
 }
 
 

@@ -38,9 +38,8 @@ class MaskedLanguageModelling(Objective):
 
     def check(self, encoder: Encoder) -> None:
         if encoder.causal_only:
-            raise UserError(
-                f"objectives.mlm: '{encoder.config.model_type}' is a decoder, which sees no later token; use clm"
-            )
+            family = encoder.config.model_type
+            raise UserError(f"objectives.{self.name}: '{family}' is a decoder, which sees no later token; use clm")
 
     def build_heads(self, encoder: Encoder) -> dict[str, nn.Module]:
         return {"vocabulary": encoder.vocabulary_head()}

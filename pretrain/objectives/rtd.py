@@ -12,7 +12,7 @@ from pretrain.config import Config, Scheduled, ScheduledFraction
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
 from pretrain.masking.config import MaskingConfig, SplitConfig
-from pretrain.masking.masker import Masker
+from pretrain.masking.masker import Chooser, Masker
 from pretrain.model.attention import Layout
 from pretrain.model.detection_head import DetectionHead
 from pretrain.model.encoder import Encoder
@@ -90,10 +90,8 @@ class ReplacedTokenDetection(Objective):
     def __init__(self, config, vocabulary, seed, impl="auto"):
         super().__init__(config, vocabulary, seed, impl)
         self.generates = config.source == "generator"
-        masking = config.masking
-        if not self.generates:  # the masker only chooses: nothing reads a mask token
-            masking = masking.model_copy(update={"split": SplitConfig(mask=0, random=0)})
-        self.masker = Masker(masking, vocabulary, seed, stream=self.name, impl=impl)
+        chooser = Masker if self.generates else Chooser  # without a generator nothing reads a mask token
+        self.masker = chooser(config.masking, vocabulary, seed, stream=self.name, impl=impl)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -125,18 +123,24 @@ class ReplacedTokenDetection(Objective):
         return heads
 
     def corrupt(self, batch: Batch, progress: float) -> View:
+        if not self.generates:
+            return self._replace(batch, progress)
         tokens, labels, capacity, fallbacks = self.masker(batch, progress)
-        tallies = {"rtd/masked_at_random": fallbacks} if self.annotations else {}
-        if self.generates:
-            targets = batch.sum_per_sample((labels != IGNORED).long())
-            counts = {"rtd/generator": targets, "rtd/discriminator": batch.lengths}
-            return LabelledView(batch, tokens, counts, tallies, labels, capacity)
+        targets = batch.sum_per_sample((labels != IGNORED).long())
+        counts = {"rtd/generator": targets, "rtd/discriminator": batch.lengths}
+        return LabelledView(batch, tokens, counts, self._fallbacks(fallbacks), labels, capacity)
+
+    def _replace(self, batch: Batch, progress: float) -> View:
+        """Return the view in which the tokens are replaced already, labelled as the discriminator shall."""
+        chosen, _, fallbacks = self.masker.choose(batch, progress)
         drawn = draw_unigram(batch, self.vocabulary, self.seed, "rtd/unigram")
-        everywhere = torch.arange(drawn.numel(), device=drawn.device).view_as(drawn)
-        slots = torch.where(labels == IGNORED, -1, everywhere)
-        replaced = replace_tokens(batch.tokens, batch.segment_ids, slots, drawn.reshape(-1), impl=self.impl)
-        tallies["rtd/positives"] = (replaced.labels == 1).sum()
-        return LabelledView(batch, replaced.tokens, {"rtd/discriminator": batch.lengths}, tallies, replaced.labels)
+        tokens = torch.where(chosen, drawn, batch.tokens)
+        labels = torch.where(batch.real, (tokens != batch.tokens).long(), IGNORED)
+        tallies = self._fallbacks(fallbacks) | {"rtd/positives": (labels == 1).sum()}
+        return LabelledView(batch, tokens, {"rtd/discriminator": batch.lengths}, tallies, labels)
+
+    def _fallbacks(self, samples: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"rtd/masked_at_random": samples} if self.annotations else {}
 
     def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
         batch, encoder, losses = view.batch, model.encoder, {}

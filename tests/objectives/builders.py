@@ -2,11 +2,14 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from pretrain.data.annotations import NO_UNIT
 from pretrain.data.batch import Batch
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.objectives.base import build_objectives, parse_objectives
@@ -64,7 +67,13 @@ def rows_of_samples(rows: int, seed: int = 0) -> list[list[np.ndarray]]:
 def numbered(rows: list[list[np.ndarray]], numbers: list[list[int]], **keys) -> Batch:
     """Lay out rows whose samples have the given ids; visits follow from the ids."""
     ids = [number for row in numbers for number in row]
-    return lay_out(rows, ids=ids, visits=[number % 3 for number in ids], **keys)
+    return annotated(lay_out(rows, ids=ids, visits=[number % 3 for number in ids], **keys))
+
+
+def annotated(batch: Batch, name: str = "salient") -> Batch:
+    """Give a batch an annotation: three tokens of every seven of a sample are a unit."""
+    units = torch.where(batch.real & (batch.position_ids % 7 // 3 == 1), batch.position_ids // 7, NO_UNIT)
+    return replace(batch, units={name: units})
 
 
 def ids_of(rows: list[list[np.ndarray]], first: int = 0) -> list[list[int]]:

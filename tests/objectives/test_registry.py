@@ -9,21 +9,31 @@ from pretrain.errors import UserError
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.objectives import REGISTRY
 from tests.builders import TINY, TINY_PAIRED, VOCABULARY, lay_out, padded, random_samples
-from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
+from tests.objectives.builders import annotated, ids_of, model_with, numbered, rows_of_samples
 
 ROWS = 16
 
 
-@pytest.fixture(params=sorted(REGISTRY), scope="module")
-def name(request) -> str:
+CONFIGURATIONS = [*((name, {}) for name in sorted(REGISTRY)), ("rtd", {"source": "unigram"})]
+
+
+@pytest.fixture(params=CONFIGURATIONS, ids=lambda pair: "-".join([pair[0], *pair[1].values()]), scope="module")
+def configuration(request) -> tuple[str, dict]:
+    """An objective and its keys: those registered as they are, and those whose heads depend on the keys."""
     return request.param
 
 
+@pytest.fixture(scope="module")
+def name(configuration) -> str:
+    return configuration[0]
+
+
 @pytest.fixture(params=["bert", "modernbert", "llama", "t5", "bart"], scope="module")
-def model(name, request) -> MultiObjectiveModel:
-    """The objective with its default configuration on each backbone that it fits."""
+def model(configuration, request) -> MultiObjectiveModel:
+    """The objective on each backbone that it fits."""
+    name, keys = configuration
     try:
-        return model_with(name, request.param)
+        return model_with(name, request.param, **keys)
     except UserError as error:
         pytest.skip(str(error))
 
@@ -96,7 +106,7 @@ def test_terms_counts_and_sums_have_the_same_keys_and_one_number_a_sample(model,
 
 
 def test_a_batch_without_samples_has_loss_zero_and_zero_gradients(model, objective, name):
-    batch = lay_out([[] for _ in range(objective.rows_together)], row_length=11)
+    batch = annotated(lay_out([[] for _ in range(objective.rows_together)], row_length=11))
     view = objective.corrupt(batch, 0.0)
     loss, sums = model({name: view}, scales_of(objective, view.counts))
     assert loss.item() == 0.0
@@ -108,8 +118,10 @@ def test_samples_without_a_target_add_no_loss_and_no_gradient(model, objective, 
     """A lone [CLS] is nothing to hide, to predict or to compare."""
     if objective.rows_are_units:
         pytest.skip("a row has targets whatever its samples are")
-    batch = padded(random_samples([1]))
+    batch = annotated(padded(random_samples([1])))
     view = objective.corrupt(batch, 0.0)
+    if all(torch.equal(counts, batch.lengths) for counts in view.counts.values()):
+        pytest.skip("every token is a target")
     idle = [term for term in objective.terms if view.counts[term].sum() == 0]
     assert idle
     scales = {term: 1.0 if term in idle else 0.0 for term in objective.terms}
@@ -209,11 +221,14 @@ def test_corruption_is_the_same_in_any_layout_and_leaves_the_batch_as_it_was(obj
     before = whole.tokens.clone()
     views = [objective.corrupt(batch, 0.25) for batch in (whole, alone, whole)]
     assert torch.equal(whole.tokens, before)
-    compared = 0
+    batches, compared = [view.batch for view in views], 0  # an edit lays a batch out anew
+    for field in ("segment_ids", "position_ids"):
+        assert torch.equal(*(getattr(batch, field)[batch.real] for batch in batches[:2])), field
+    assert torch.equal(batches[0].lengths, batches[1].lengths)
     for field in fields(views[0]):
         values = [getattr(view, field.name) for view in views]
-        if isinstance(values[0], torch.Tensor) and values[0].shape == whole.tokens.shape:
-            assert torch.equal(values[0][whole.real], values[1][alone.real]), field.name
+        if isinstance(values[0], torch.Tensor) and values[0].shape == batches[0].tokens.shape:
+            assert torch.equal(values[0][batches[0].real], values[1][batches[1].real]), field.name
             assert torch.equal(values[0], values[2]), field.name
             compared += 1
         elif objective.paired and isinstance(values[0], torch.Tensor):  # a row is a sample
@@ -226,7 +241,7 @@ def test_corruption_is_the_same_in_any_layout_and_leaves_the_batch_as_it_was(obj
 
 def test_corruption_never_touches_special_tokens_or_padding(objective):
     samples = random_samples([30] * 40, seed=3)
-    batch = lay_out([samples[i : i + 2] for i in range(0, 40, 2)], row_length=71)
+    batch = annotated(lay_out([samples[i : i + 2] for i in range(0, 40, 2)], row_length=71))
     special = torch.isin(batch.tokens, torch.from_numpy(VOCABULARY.special_ids)) | ~batch.real
     view = objective.corrupt(batch, 0.0)
     if objective.paired:
@@ -234,6 +249,13 @@ def test_corruption_never_touches_special_tokens_or_padding(objective):
         expected = [batch.tokens[special & (batch.segment_ids == number)] for number in range(len(samples))]
         assert torch.equal(view.tokens[kept], torch.cat(expected))
         assert torch.equal(view.tokens == VOCABULARY.pad_id, ~view.real)
+        return
+    if not torch.equal(view.batch.segment_ids, batch.segment_ids):  # tokens moved
+        for number in range(len(samples)):
+            tokens = view.tokens[view.batch.segment_ids == number].tolist()
+            assert [token for token in tokens if token in VOCABULARY.special_ids[:3]] == [tokens[0], tokens[-1]]
+            assert (tokens[0], tokens[-1]) == (samples[number][0], samples[number][-1])
+        assert (view.tokens[~view.batch.real] == VOCABULARY.pad_id).all()
         return
     assert torch.equal(view.tokens[special], batch.tokens[special])
     assert not torch.isin(view.tokens[~special], torch.from_numpy(VOCABULARY.special_ids[:3])).any()
