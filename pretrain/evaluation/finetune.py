@@ -114,6 +114,20 @@ def batches(lengths: np.ndarray, batch: int, rng: np.random.Generator) -> list[n
     return [dealt[i] for i in rng.permutation(len(dealt))]
 
 
+def adamw(model: torch.nn.Module, lr: float, steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """Return AdamW for all of a model, and linear warm-up to ``lr`` and decay to 0 over ``steps``."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr)
+    warmup = max(1, round(WARMUP_FRACTION * steps))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 class Finetuner:
     """One classifier in training; predictions and loss know of the task only whether it is regression."""
 
@@ -158,19 +172,6 @@ class Finetuner:
         predictions = logits if self.regression else logits.argmax(-1)
         return score(predictions.numpy(), data.labels[order].numpy(), self.regression)
 
-    def optimizer(self, steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-        """AdamW, and linear warm-up and decay over ``steps``."""
-        matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
-        others = [p for p in self.model.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, self.settings.lr)
-        warmup = max(1, round(WARMUP_FRACTION * steps))
-
-        def factor(step: int) -> float:
-            return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
-
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
 
 def fine_tune(
     tuner: Finetuner, splits: dict[str, EncodedSplit], metric: str, seed: int, log: Callable[[str], None]
@@ -185,7 +186,7 @@ def fine_tune(
     start, settings = time.perf_counter(), tuner.settings
     torch.manual_seed(seed)
     lengths = splits["train"].lengths
-    optimizer, schedule = tuner.optimizer(settings.epochs * -(-len(lengths) // settings.batch))
+    optimizer, schedule = adamw(tuner.model, settings.lr, settings.epochs * -(-len(lengths) // settings.batch))
     by_epoch, losses, chosen, weights = [], [], 0, {}
     try:
         for epoch in range(settings.epochs):

@@ -84,23 +84,33 @@ def load_tokenizer(source: str) -> Tokenizer:
 def load_classifier(
     source: str, tokenizer: Tokenizer, outputs: int, *, untrained: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
+    """Load an fp32 encoder with a fresh head of ``outputs`` logits; see :func:`load_with_head`."""
+    return load_with_head(AutoModelForSequenceClassification, source, tokenizer, outputs, untrained=untrained)
+
+
+def load_with_head(
+    auto: type, source: str, tokenizer: Tokenizer, outputs: int, *, untrained: bool = False
+) -> tuple[PreTrainedModel, list[str]]:
     """Load an fp32 encoder with a fresh head of ``outputs`` logits, drawn from torch's current random state.
+
+    Args:
+        auto: transformers' auto class of models with such a head.
 
     Returns:
         The model, on the CPU, and the names of the weights, other than those of head and pooler, that the source
         lacks or has in another shape, which are therefore random. ``untrained`` draws all weights, and lists none.
 
     Raises:
-        UserError: if it cannot be loaded, has no class for sequence classification, or has fewer embeddings than the
-            tokenizer has tokens.
+        UserError: if it cannot be loaded, its family has no class with such a head, or it has fewer embeddings than
+            the tokenizer has tokens.
     """
     with _loading("the model", source):
         config = AutoConfig.from_pretrained(source, num_labels=outputs)
         config.pad_token_id = tokenizer.pad_token_id
         if untrained:
-            model, random = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32), []
+            model, random = auto.from_config(config, dtype=torch.float32), []
         else:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, report = auto.from_pretrained(
                 source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
             )
             random = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
