@@ -174,7 +174,7 @@ def _(upstream, slopes, weight, dtype, impl):
 def _detect_torch(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients):
     """Do what the kernels do by plain torch."""
     real = (labels != IGNORED) & (segments >= 0)
-    wide = torch.where(real[:, None], hidden, 0).float().contiguous()  # sums in the same order for all strides
+    wide = hidden.float().contiguous()  # sums in the same order for all strides
     with torch.autocast(hidden.device.type, enabled=False):
         logits = wide @ weight.float().contiguous()
     logits = torch.where(real, logits if bias is None else logits + bias.float(), 0)
@@ -196,6 +196,8 @@ def _detect_torch(hidden, weight, bias, labels, segments, samples, sample_weight
     if token_weights is not None:
         slopes = slopes * token_weights.float()
     slopes = torch.where(real, slopes, 0)
+    if wide.is_cuda or not real.all():  # a GPU's host must not wait for the answer
+        wide = torch.where(real[:, None], wide, 0)  # 0 times what padding holds may be NaN
     with torch.autocast(hidden.device.type, enabled=False):
         weight_gradient = slopes @ wide
     return *results, slopes, weight_gradient, slopes.sum().view(1)

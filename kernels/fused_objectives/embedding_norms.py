@@ -4,7 +4,7 @@ import torch
 
 from fused_objectives.backend import Configuration, jit, tl, uses_triton
 from fused_objectives.gram import ALIGNMENT, aligned, gram_row_sums, inner_columns
-from fused_objectives.segments import per_token, spans, sum_per_sample
+from fused_objectives.segments import per_token, runs, spans, sum_per_sample
 
 _BLOCK, _WARPS = 64, 8
 _TORCH_ROWS = 256
@@ -94,6 +94,8 @@ def tied_cross_term(
 def _embedding_norms(
     gradients: torch.Tensor, tokens: torch.Tensor, segments: torch.Tensor, samples: int, impl: str
 ) -> torch.Tensor:
+    if not uses_triton(impl, gradients):
+        return _embedding_norms_torch(gradients, tokens, segments, samples)
     first, last = (per_token(bounds, segments) for bounds in spans(segments, samples, impl))
     sums = gram_row_sums(
         None, gradients, None, gradients, first, last, symmetric=True, left_ids=tokens, right_ids=tokens, impl=impl
@@ -104,6 +106,16 @@ def _embedding_norms(
 @_embedding_norms.register_fake
 def _(gradients, tokens, segments, samples, impl):
     return gradients.new_empty(samples, dtype=torch.float32)
+
+
+def _embedding_norms_torch(gradients, tokens, segments, samples):
+    """The twin: adds up the gradients of equal tokens, one sample after the other."""
+    norms = gradients.new_zeros(samples, dtype=torch.float32)
+    for sample, ids, rows in runs(segments, tokens, gradients):
+        different, which = ids.unique(return_inverse=True)
+        sums = norms.new_zeros(len(different), rows.shape[1]).index_add_(0, which, rows.float())
+        norms[sample] = sums.square().sum()
+    return norms
 
 
 @torch.library.custom_op("fused_objectives::tied_cross_term", mutates_args=())

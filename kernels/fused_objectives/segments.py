@@ -4,6 +4,8 @@ A *segment id* says which of S samples a token belongs to; −1 is padding. The 
 runs may come in any order, with padding between them.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from fused_objectives.backend import Configuration, jit, tl, uses_triton
@@ -29,6 +31,16 @@ def spans(segments: torch.Tensor, samples: int, impl: str = "torch") -> tuple[to
     starts = places.new_full((samples + 1,), len(segments)).scatter_reduce(0, owner, places, "amin")
     ends = places.new_zeros(samples + 1).scatter_reduce(0, owner, places + 1, "amax")
     return torch.minimum(starts, ends)[:samples], ends[:samples]
+
+
+def runs(segments: torch.Tensor, *arrays: torch.Tensor) -> Iterator[tuple]:
+    """Yield ``(sample, rows, ...)`` for each sample that has tokens, with its rows of every array ``[N, ...]``.
+
+    The host waits for the bounds: this is for twins.
+    """
+    owners, lengths = (each.tolist() for each in segments.unique_consecutive(return_counts=True))
+    pieces = zip(owners, *(array.split(lengths) for array in arrays), strict=True)
+    return (piece for piece in pieces if piece[0] >= 0)
 
 
 def per_token(values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Per-sample gradient norms of parameters that are vectors: biases, and the scales and shifts of normalisations."""
 
 import torch
+import torch.nn.functional as F
 
 from fused_objectives.backend import Configuration, jit, tl, uses_triton
-from fused_objectives.segments import spans
+from fused_objectives.segments import runs, spans
 
 _SUMS = {"ROWS": 32, "COLUMNS": 64}
 _STATISTICS = {"ROWS": 8, "COLUMNS": 256}
@@ -54,7 +55,10 @@ def layer_norm_norms(
 def _bias_norms(gradients: torch.Tensor, segments: torch.Tensor, samples: int, impl: str) -> torch.Tensor:
     if uses_triton(impl, gradients):
         return _norms_triton(gradients, None, None, segments, samples, True)
-    return _squares_torch(gradients.float(), segments, samples)
+    sums = gradients.new_zeros(samples, gradients.shape[1], dtype=torch.float32)
+    for sample, rows in runs(segments, gradients):
+        torch.sum(rows, 0, dtype=torch.float32, out=sums[sample])
+    return sums.square().sum(1)
 
 
 @_bias_norms.register_fake
@@ -75,23 +79,20 @@ def _layer_norm_norms(
 ) -> torch.Tensor:
     if uses_triton(impl, gradients):
         return _norms_triton(gradients, inputs, _statistics_triton(inputs, eps, rms), segments, samples, shift)
-    inputs, gradients = inputs.float(), gradients.float()
-    centred = inputs if rms else inputs - inputs.mean(1, keepdim=True)
-    normalised = centred * (centred.square().mean(1, keepdim=True) + eps).rsqrt()
-    norms = _squares_torch(gradients * normalised, segments, samples)
-    return norms + _squares_torch(gradients, segments, samples) if shift else norms
+    normalise = F.rms_norm if rms else F.layer_norm
+    width = gradients.shape[1:]
+    sums = gradients.new_zeros(2, samples, *width, dtype=torch.float32)  # of the scale and of the shift
+    for sample, rows, into in runs(segments, gradients, inputs):
+        rows, normalised = rows.float(), normalise(into.float(), width, eps=eps)
+        torch.sum(rows * normalised, 0, out=sums[0, sample])
+        if shift:
+            torch.sum(rows, 0, out=sums[1, sample])
+    return sums.square().sum((0, 2))
 
 
 @_layer_norm_norms.register_fake
 def _(gradients, inputs, segments, samples, eps, rms, shift, impl):
     return gradients.new_empty(samples, dtype=torch.float32)
-
-
-def _squares_torch(values: torch.Tensor, segments: torch.Tensor, samples: int) -> torch.Tensor:
-    """Squared norm of the sum over each sample's rows of ``values [N, p]``, ``[S]``."""
-    bounds = zip(*(bound.tolist() for bound in spans(segments, samples)), strict=True)
-    sums = [values[start:end].sum(0).square().sum() for start, end in bounds]
-    return torch.stack(sums) if sums else values.new_zeros(0)
 
 
 def _statistics_triton(inputs: torch.Tensor, eps: float, rms: bool) -> torch.Tensor:
