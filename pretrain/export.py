@@ -14,6 +14,7 @@ from pretrain.data.output import whole_folder
 from pretrain.data.tokenization import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.classifier import sequence_classifier
+from pretrain.model.encoder_decoder import EncoderDecoder
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.model.vocabulary import Vocabulary
 from pretrain.recipe import Recipe, load_recipe
@@ -23,7 +24,7 @@ from pretrain.training.log import read_metrics
 from pretrain.training.states import load_weights
 
 MARKS = ("config.json", "model.safetensors", "README.md")  # what tells an export from another folder
-KINDS = ("masked-lm", "causal-lm", "discriminator", "generator", "sequence-classification", "backbone")
+KINDS = ("masked-lm", "causal-lm", "seq2seq-lm", "discriminator", "generator", "sequence-classification", "backbone")
 
 
 def export(checkpoint: str | Path, out: str | Path, kind: str | None = None, *, overwrite: bool = False) -> Path:
@@ -32,8 +33,8 @@ def export(checkpoint: str | Path, out: str | Path, kind: str | None = None, *, 
     Args:
         checkpoint: a checkpoint, or a run folder, whose newest good checkpoint is then taken.
         out: the folder to make.
-        kind: one of :data:`KINDS`; None takes what fits the objectives: a masked or causal language model where one was
-            trained, ELECTRA's discriminator where only that was, else the backbone.
+        kind: one of :data:`KINDS`; None takes what fits the objectives: a masked, causal or sequence-to-sequence
+            language model where one was trained, ELECTRA's discriminator where only that was, else the backbone.
         overwrite: replace ``out`` if it exists.
 
     Raises:
@@ -78,6 +79,8 @@ def load_model(folder: Path, recipe: Recipe, vocabulary: Vocabulary) -> MultiObj
 
 
 def _fitting_kind(model: MultiObjectiveModel) -> str:
+    if isinstance(model.encoder, EncoderDecoder):
+        return "seq2seq-lm"
     if "vocabulary" in model.heads:
         return "causal-lm" if model.encoder.causal_only else "masked-lm"
     electra = model.encoder.config.model_type == "electra"
@@ -87,6 +90,10 @@ def _fitting_kind(model: MultiObjectiveModel) -> str:
 def _choose(model: MultiObjectiveModel, kind: str) -> PreTrainedModel:
     """Return the Hugging Face model of a kind, sharing the training model's weights."""
     trained, family = ", ".join(model.objectives), model.encoder.config.model_type
+    if isinstance(model.encoder, EncoderDecoder) != (kind == "seq2seq-lm"):
+        raise UserError(f"--as {kind}: the run trained none ({trained} on '{family}')")
+    if kind == "seq2seq-lm":
+        return model.encoder.pretrained
     if kind in ("masked-lm", "causal-lm"):
         if "vocabulary" not in model.heads or model.encoder.causal_only != (kind == "causal-lm"):
             raise UserError(f"--as {kind}: the run trained none ({trained} on '{family}')")

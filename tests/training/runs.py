@@ -13,23 +13,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pretrain.data.store import StoreWriter
+from pretrain.data.tokenization import sentinel
 from pretrain.training.run import main
 
 DS = Path(__file__).parents[2] / "configs" / "ds"
 WORDS = 91
 
 
-def write_corpus(folder: Path, samples: int = 157, heldout: int = 23, seed: int = 0) -> Path:
+def write_corpus(folder: Path, samples: int = 157, heldout: int = 23, seed: int = 0, sentinels: int = 0) -> Path:
     """Write a prepared corpus whose every token is decided by the one before it, up to a coin's throw."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = specials + [f"w{i}" for i in range(WORDS)]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), specials, strict=True))
+    backend.add_special_tokens([sentinel(number) for number in range(sentinels)])
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder / "tokenizer")
     rng = np.random.default_rng(seed)
     for split, count in (("train", samples), ("heldout", heldout)):
-        writer = StoreWriter(folder / split, len(words))
+        writer = StoreWriter(folder / split, len(words) + sentinels)
         for _ in range(count):
             text = [int(rng.integers(WORDS))]
             for _ in range(int(rng.integers(3, 30))):
