@@ -337,13 +337,13 @@ def detection_kernel(
             tl.store(slopes_ptr + rows, slope, mask=inside)
             weight_part += tl.sum(slope[:, None] * hidden, 0)
             bias_part += slope
+    head = tl.arange(0, PARTS)
     if GRADIENTS:
         parts_ptr += program * (PARTS + width)
-        tl.store(parts_ptr + 1, tl.sum(bias_part))
         tl.store(parts_ptr + PARTS + columns, weight_part, mask=within)
     else:
         parts_ptr += program * PARTS
-    tl.store(parts_ptr, tl.sum(total_part))
+    tl.store(parts_ptr + head, tl.where(head == 0, tl.sum(total_part), tl.where(head == 1, tl.sum(bias_part), 0.0)))
 
 
 @jit(do_not_specialize=["samples", "rows", "columns"])
