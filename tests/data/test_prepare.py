@@ -18,7 +18,14 @@ from pretrain.data import prepare as prepare_module
 from pretrain.data.prepare import _divided, prepare
 from pretrain.data.samples import encoder
 from pretrain.data.store import Store
-from pretrain.data.tokenization import barred_ids, frame, load_tokenizer, special_ids, train_tokenizer
+from pretrain.data.tokenization import (
+    barred_ids,
+    frame,
+    load_tokenizer,
+    sentinel_ids,
+    special_ids,
+    train_tokenizer,
+)
 from pretrain.errors import UserError
 
 NOUNS = ("ship", "Harbour", "lantern", "captain", "naïve gull", "storm", "漢字", "letter")
@@ -237,6 +244,25 @@ def test_a_lowercase_tokenizer_folds_case():
     assert len(tokenizer) <= 400
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_sentinels_are_special_tokens_within_the_vocabulary_that_no_text_becomes(tmp_path, kind):
+    lines = write_lines(tmp_path / "in.jsonl", [f"{text} <extra_id_3> {text}" for text in DOCUMENTS[:9]])
+    options = {"train_tokenizer": kind, "vocabulary": 400, "sentinels": 11, "min_length": 1}
+    prepare([lines], tmp_path / "out", workers=1, **options)
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    sentinels = sentinel_ids(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(sentinels.tolist()) == [f"<extra_id_{number}>" for number in range(11)]
+    assert len(tokenizer) <= 400 and set(sentinels.tolist()) < barred_ids(tokenizer)
+    for split in ("train", "heldout"):
+        assert not np.isin(Store(tmp_path / "out" / split).tokens, sentinels).any()
+    assert tokenizer("<extra_id_3>", add_special_tokens=False)["input_ids"] == [sentinels[3]]
+
+
+def test_a_tokenizer_without_sentinels_has_none():
+    tokenizer = train_tokenizer(lambda: iter(DOCUMENTS), "wordpiece", 400, lowercase=False, max_length=16)
+    assert len(sentinel_ids(tokenizer)) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -246,6 +272,9 @@ def test_a_lowercase_tokenizer_folds_case():
         ({"lowercase": True, "train_tokenizer": "bpe"}, "--lowercase is for a wordpiece tokenizer"),
         ({"max_length": 16}, "--max-length 16: leaves 14 tokens of text, .* twice --min-length 8"),
         ({"min_length": 0}, "--min-length 0"),
+        ({"sentinels": -1}, "--sentinels -1"),
+        ({"sentinels": 5, "tokenizer": "t5-small"}, "--sentinels is for a tokenizer trained here"),
+        ({"sentinels": 201}, "--vocabulary 300: .* at least 100 entries beside 201 sentinels"),
         ({"heldout": 1.0}, r"--heldout 1\.0"),
         ({"workers": 0}, "--workers 0"),
         ({"tokenizer": "./none"}, "tokenizer ./none: no such folder"),
