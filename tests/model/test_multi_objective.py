@@ -7,6 +7,7 @@ from pretrain.errors import UserError
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.objectives.base import build_objectives, parse_objectives
 from tests.builders import VOCABULARY, lay_out, random_samples, tiny_encoder
+from tests.objectives.builders import annotated
 
 RECIPES = [
     ("bert", {"mlm": {}}),
@@ -14,6 +15,8 @@ RECIPES = [
     ("electra", {"rtd": {"generator": {"width": 0.5, "share_embeddings": False}}, "mlm": {}}),
     ("modernbert", {"clm": {}, "rtd": {}}),
     ("roberta", {"cse": {"group_rows": 2}, "rtd": {}, "mlm": {}}),
+    ("bert", {"itd": {"source": "generator"}, "rtd": {}, "std": {}, "dtd": {}, "sop": {}}),
+    ("modernbert", {"rtd": {"source": "unigram"}, "itd": {}, "guided_mlm": {}, "mlm": {}}),
     ("llama", {"clm": {}}),
     ("gpt2", {"clm": {}, "cse": {"group_rows": 2, "pooling": "mean"}}),
 ]
@@ -26,7 +29,7 @@ def build(family: str, recipe: dict, dropout: float = 0.1) -> MultiObjectiveMode
 
 def a_batch():
     samples = random_samples([5, 37, 3, 16, 17, 2, 23])
-    return lay_out([samples[:2], samples[2:4], samples[4:6], samples[6:]])
+    return annotated(lay_out([samples[:2], samples[2:4], samples[4:6], samples[6:]]))
 
 
 @pytest.mark.parametrize(("family", "recipe"), RECIPES, ids=lambda v: v if isinstance(v, str) else "+".join(v))

@@ -1,4 +1,5 @@
 import numpy as np
+import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -45,3 +46,20 @@ def test_a_tokenizer_without_special_tokens_has_ordinary_ids_only():
     assert vocabulary.special_ids.tolist() == []
     assert vocabulary.ordinary_ids.tolist() == [0, 1, 2]
     assert vocabulary.pad_id == 0
+
+
+def test_sentence_ends_are_found_whatever_marks_the_borders_of_words():
+    words = ["<unk>", ".", "Ġ.", "▁?", "##!", "!", "a.", "...", "a", ".b"]
+    vocabulary = Vocabulary.of(tokenizer(words, unk_token="<unk>"))
+    assert vocabulary.sentence_end_ids.tolist() == [1, 2, 3, 4, 5]
+    ends = vocabulary.tables(torch.device("cpu")).ends_sentence
+    assert ends.tolist() == [word in words[1:6] for word in words]
+
+
+def test_a_special_token_ends_no_sentence():
+    assert Vocabulary.of(tokenizer([".", "a"], eos_token=".", unk_token="a")).sentence_end_ids.tolist() == []
+
+
+def test_the_separator_is_the_tokenizers_if_it_has_one():
+    assert Vocabulary.of(word_tokenizer()).separator_id == SEP
+    assert Vocabulary.of(tokenizer(["a", "b"])).separator_id is None

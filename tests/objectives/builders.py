@@ -1,5 +1,6 @@
 """Models with one objective, for any objective of the registry."""
 
+import itertools
 import json
 import tempfile
 from dataclasses import replace
@@ -25,12 +26,12 @@ from tests.builders import (
 
 
 def model_with(
-    name: str, family: str = "bert", seed: int = 1, dropout: float = 0.1, impl: str = "auto", **keys
+    name: str, family: str = "bert", seed: int = 1, dropout: float = 0.1, impl: str = "auto", vocabulary=None, **keys
 ) -> MultiObjectiveModel:
     """Return a model with one objective, configured by ``keys``, in evaluation mode (dropout is there, but off)."""
     if name == "end_task":
         keys = {"task": str(Path(_tiny_task().name) / "tiny"), **keys}
-    vocabulary = PAIRED_VOCABULARY if family in TINY_PAIRED else VOCABULARY
+    vocabulary = vocabulary or (PAIRED_VOCABULARY if family in TINY_PAIRED else VOCABULARY)
     objectives = build_objectives(parse_objectives({name: keys}, "test"), vocabulary, seed, impl)
     objectives[name].prepare(word_tokenizer(), 24)
     return MultiObjectiveModel(tiny_encoder(family, dropout=dropout), objectives).eval()
@@ -78,7 +79,7 @@ def annotated(batch: Batch, name: str = "salient") -> Batch:
 
 def ids_of(rows: list[list[np.ndarray]], first: int = 0) -> list[list[int]]:
     """Number the samples of some rows consecutively."""
-    numbers, result = iter(range(first, 10**6)), []
+    numbers, result = itertools.count(first), []
     for row in rows:
         result.append([next(numbers) for _ in row])
     return result

@@ -1,26 +1,19 @@
-import numpy as np
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import ElectraForPreTraining
 
-from fused_objectives.philox import philox, philox_of_key
 from fused_objectives.targets import IGNORED, compact
+from pretrain.errors import UserError
 from pretrain.model.attention import Layout
 from pretrain.objectives import losses, rtd
-from tests.builders import padded, random_samples
+from tests.builders import VOCABULARY, padded, random_samples
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
+from tests.objectives.oracles import COUNTED, detection_sums, gumbel_draw, labels_of, samples_of, unigram
 
 UNSHARED = {"generator": {"share_embeddings": False}}
 SCALES = {"rtd/generator": 0.0, "rtd/discriminator": 0.0}
-
-
-def draw(logits: torch.Tensor, position: int, sample_id: int, visit: int) -> int:
-    """Add Gumbel noise to one place's logits and take the largest, in numpy's float64."""
-    key = philox(1, "rtd/sample", position, sample_id, 0, visit)[:2]
-    entries = np.arange(len(logits))
-    words = np.choose(entries % 4, philox_of_key(*key, entries // 4))
-    noise = -np.log(-np.log1p(-(words + 0.5) / 2**32))
-    return int((logits.double().numpy() + noise).argmax())
 
 
 def gradients(model, term: str, batch) -> dict[str, torch.Tensor | None]:
@@ -47,7 +40,8 @@ def test_the_discriminator_reads_the_generators_draws_at_masked_places_and_the_o
     for row, column in masked.nonzero().tolist():
         sample = int(batch.segment_ids[row, column])
         identity = int(batch.sample_ids[sample]), int(batch.visits[sample])
-        expected[row, column] = draw(logits[row, column], int(batch.position_ids[row, column]), *identity)
+        position = int(batch.position_ids[row, column])
+        expected[row, column] = gumbel_draw("rtd/sample", logits[row, column], position, *identity)
     assert masked.sum() > 15
     assert torch.equal(read[-1], expected)
 
@@ -155,3 +149,54 @@ def test_draws_change_with_the_visit_and_not_with_the_layout():
 def test_the_generator_sees_only_mask_tokens_unless_the_recipe_says_otherwise(masking):
     split = rtd.RTDConfig.model_validate({"masking": masking}).masking.split
     assert (split.mask.at(0.5), split.random.at(0.5)) == (1.0, 0.0)
+
+
+def test_with_the_corpus_own_tokens_replacements_and_losses_are_those_of_a_loop():
+    model = model_with("rtd", vocabulary=COUNTED, source="unigram", masking={"rate": 0.4})
+    objective = model.objectives["rtd"]
+    rows = rows_of_samples(9)
+    batch = numbered(rows, ids_of(rows, first=2**33), row_length=70)
+    chosen = model_with("rtd", masking={"rate": 0.4}).objectives["rtd"].corrupt(batch, 0.0).labels != IGNORED
+    expected = batch.tokens.clone()
+    for row, column in chosen.nonzero().tolist():
+        sample = int(batch.segment_ids[row, column])
+        identity = int(batch.sample_ids[sample]), int(batch.visits[sample])
+        expected[row, column] = unigram("rtd/unigram", int(batch.position_ids[row, column]), *identity)
+    view = objective.corrupt(batch, 0.0)
+    assert torch.equal(view.tokens, expected)
+    different = (view.tokens != batch.tokens).long()
+    assert torch.equal(view.labels, torch.where(batch.real, different, IGNORED))
+    assert view.tallies == {"rtd/positives": different.sum()}
+    assert 40 < different.sum() <= chosen.sum()
+    assert {term: counts.tolist() for term, counts in view.counts.items()} == {
+        "rtd/discriminator": batch.lengths.tolist()
+    }
+    samples, labels = samples_of(replace(batch, tokens=expected)), labels_of(batch, view.labels)
+    sums = objective.loss(model, view)["rtd/discriminator"].sums
+    assert sums.tolist() == pytest.approx(detection_sums(model, "detection", samples, labels), rel=1e-4)
+
+
+def test_with_the_corpus_own_tokens_there_is_no_generator_and_no_mask_token_is_needed():
+    model = model_with("rtd", vocabulary=replace(VOCABULARY, mask_id=None), source="unigram")
+    assert model.objectives["rtd"].terms == {"rtd/discriminator": 1.0}
+    assert list(model.heads) == ["detection"]
+    assert list(model.components()) == ["backbone", "head/detection"] and model.trained_by(["rtd"]) == {
+        "backbone",
+        "head/detection",
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"generator": {"depth": 0.3}}, "generator"),
+        ({"discriminator_weight": 10}, "discriminator_weight"),
+        ({"masking": {"split": {"mask": 0.5}}}, "masking.split"),
+    ],
+    ids=str,
+)
+def test_keys_of_a_generator_that_is_not_there_are_refused(keys, named):
+    with pytest.raises(UserError, match=rf"^test: objectives\.rtd: '{named}' goes with source generator"):
+        model_with("rtd", source="unigram", **keys)
+    config = rtd.RTDConfig(source="unigram")
+    assert rtd.RTDConfig.model_validate(config.model_dump(mode="json", by_alias=True)) == config
