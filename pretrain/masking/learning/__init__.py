@@ -1,0 +1,1 @@
+"""Masking policies that are learnt: which spans of a text are worth recovering."""
