@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, PrivateAttr
@@ -132,7 +132,7 @@ class Recipe(Config):
         try:
             yield
         except UserError as error:
-            if str(error).split(":")[0].split(".")[0] in Recipe.model_fields:
+            if str(error).split(":")[0].split(".")[0] in type(self).model_fields:
                 raise UserError(f"{self.source}: {error}") from None
             raise
 
@@ -144,15 +144,19 @@ class Recipe(Config):
         path.write_text(yaml.safe_dump(document, sort_keys=False))
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read and validate a recipe; anything wrong is a one-line :class:`UserError` naming file and dotted key."""
+R = TypeVar("R", bound=Recipe)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None, kind: type[R] = Recipe) -> R:
+    """Read and validate a recipe of some kind; anything wrong is a one-line :class:`UserError` naming file and dotted
+    key."""
     where = str(path) if not overrides else f"{path} with command-line overrides"
-    return recipe_from(apply_overrides(read_yaml(path), overrides or []), where)
+    return recipe_from(apply_overrides(read_yaml(path), overrides or []), where, kind)
 
 
-def recipe_from(document: dict, where: str) -> Recipe:
+def recipe_from(document: dict, where: str, kind: type[R] = Recipe) -> R:
     """Validate a recipe given as nested dictionaries."""
-    recipe = parse(Recipe, document, where)
+    recipe = parse(kind, document, where)
     recipe._objective_configs = parse_objectives(recipe.objectives, where)
     recipe._source = where
     return recipe

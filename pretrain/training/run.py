@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -28,6 +30,34 @@ _ROOT = Path(__file__).parents[2]
 DEFAULT_RECIPE = _ROOT / "configs" / "recipes" / "quickstart.yaml"
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What sets one kind of run apart from others: pre-training, or learning something by it."""
+
+    name: str = "train"
+    """What the command's messages begin with."""
+    recipe: type[Recipe] = Recipe
+    build: Callable[..., Parts] = build
+    trainer: type[Trainer] = Trainer
+    lr_scales: Callable[[Recipe], dict[str, float]] = lambda recipe: {}
+    """Component → factor on the learning rate, where it is not 1."""
+    own_keys: tuple[str, ...] = ()
+    """Keys of its recipe, beside those of every recipe, that a run is not resumed without."""
+
+
+PRETRAINING = Kind()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what every kind of run takes beside its recipe."""
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|CHECKPOINT", help="what to go on from (default: auto)"
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest wait for another rank")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to override, dotted")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line of a training run."""
     parser = argparse.ArgumentParser(description="Pre-train a language encoder on one or many objectives.")
@@ -36,60 +66,63 @@ def parser() -> argparse.ArgumentParser:
         "--config", default=str(DEFAULT_RECIPE), metavar="FILE", help="recipe: what is trained (default: quickstart)"
     )
     parser.add_argument(
-        "--resume", default="auto", metavar="auto|never|CHECKPOINT", help="what to go on from (default: auto)"
-    )
-    parser.add_argument(
         "--dry-run", action="store_true", help="build everything, run one largest batch, print what it takes, exit"
     )
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest wait for another rank")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to override, dotted")
+    add_arguments(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run; return the exit code: 0 done or stopped after a save, 1 failed, 2 the user's mistake."""
-    args = parser().parse_intermixed_args(argv)
+    return launch(parser().parse_intermixed_args(argv), PRETRAINING)
+
+
+def launch(args: argparse.Namespace, kind: Kind) -> int:
+    """Do a run of some kind as one of its ranks; return the exit code as :func:`main` does.
+
+    Args:
+        args: ``ds_config``, ``config``, ``dry_run`` and those of :func:`add_arguments`.
+    """
     try:
         with warnings.catch_warnings():
             # DeepSpeed calls collectives by names that torch is about to retire.
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-            _run(args)
+            _run(args, kind)
         return EXIT_DONE
     except UserError as error:
-        return _tell("error", error, EXIT_USER_ERROR)
+        return _tell(kind, "error", error, EXIT_USER_ERROR)
     except RunError as error:
-        return _tell("failed", error, EXIT_FAILURE)
+        return _tell(kind, "failed", error, EXIT_FAILURE)
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
-        return _tell("failed", f"lost contact with another rank ({str(error).splitlines()[0]})", EXIT_FAILURE)
+        return _tell(kind, "failed", f"lost contact with another rank ({str(error).splitlines()[0]})", EXIT_FAILURE)
     finally:
         shutdown_distributed()
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, kind: Kind) -> None:
     stop, lock = StopRequest().install(), None
     try:
-        recipe = load_recipe(args.config, args.overrides)
+        recipe = load_recipe(args.config, args.overrides, kind.recipe)
         world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         _share_cores()
         with recipe.named_in_errors():
             ds_config = _ds_config(recipe, args.ds_config, world_size)
             check_trackers(recipe.log.trackers)
             bf16 = ds_config.get("bf16", {}).get("enabled", False)
-            parts = build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
-            start = _starting_point(recipe, args.resume, rank) if not args.dry_run else None
+            parts = kind.build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
+            start = _starting_point(recipe, args.resume, rank, kind) if not args.dry_run else None
             if rank == 0 and not args.dry_run:
                 lock = _make_folder(recipe)
         init_distributed(args.timeout)
-        engine = _engine(parts, ds_config)
+        engine = _engine(parts, ds_config, kind.lr_scales(recipe))
         if args.dry_run:
             page = dry_run(parts, engine)
             if rank == 0:
                 print(page, flush=True)
         else:
-            _train(parts, engine, stop, start, ds_config)
+            _train(kind.trainer(parts, engine, stop), start, ds_config)
     finally:
         stop.remove()
         if lock is not None:
@@ -107,7 +140,7 @@ def _ds_config(recipe: Recipe, path: str, world_size: int) -> dict:
     )
 
 
-def _engine(parts: Parts, ds_config: dict) -> Engine:
+def _engine(parts: Parts, ds_config: dict, lr_scales: dict[str, float]) -> Engine:
     optimizer = parts.recipe.training.optimizer
     settings = OptimizerSettings(
         name=optimizer.name,
@@ -116,12 +149,12 @@ def _engine(parts: Parts, ds_config: dict) -> Engine:
         eps=optimizer.eps,
         momentum=optimizer.momentum,
     )
-    groups = [ParameterGroup(name, params) for name, params in parts.components.items()]
+    groups = [ParameterGroup(name, params, lr_scales.get(name, 1.0)) for name, params in parts.components.items()]
     return Engine(parts.model, groups, ds_config, settings)
 
 
-def _train(parts: Parts, engine: Engine, stop: StopRequest, start: Path | None, ds_config: dict) -> None:
-    recipe, trainer = parts.recipe, Trainer(parts, engine, stop)
+def _train(trainer: Trainer, start: Path | None, ds_config: dict) -> None:
+    parts, engine, recipe = trainer.parts, trainer.engine, trainer.recipe
     if start is not None:
         with recipe.named_in_errors():
             resume(trainer, start)
@@ -160,7 +193,7 @@ def _train(parts: Parts, engine: Engine, stop: StopRequest, start: Path | None, 
     engine.close()
 
 
-def _starting_point(recipe: Recipe, resume: str, rank: int) -> Path | None:
+def _starting_point(recipe: Recipe, resume: str, rank: int, kind: Kind) -> Path | None:
     """Return the verified checkpoint to go on from, or None for a new run."""
     run = Path(recipe.run)
     say = (lambda line: print(line, flush=True)) if rank == 0 else (lambda line: None)
@@ -178,19 +211,20 @@ def _starting_point(recipe: Recipe, resume: str, rank: int) -> Path | None:
         start = Path(resume)
         checkpoint.verify(start)
     if start is not None:
-        _check_same_model(recipe, start)
+        _check_same_model(recipe, start, kind)
     return start
 
 
-def _check_same_model(recipe: Recipe, start: Path) -> None:
+def _check_same_model(recipe: Recipe, start: Path, kind: Kind) -> None:
     """Refuse to go on with another model, other objectives or another optimizer than the checkpoint's."""
-    saved = load_recipe(start / "config.yaml")
+    saved = load_recipe(start / "config.yaml", kind=kind.recipe)
     for key, now, then in (
         ("seed", recipe.seed, saved.seed),
         ("model", _architecture(recipe), _architecture(saved)),
         ("objectives", list(recipe.objective_configs.items()), list(saved.objective_configs.items())),
         ("sampler", recipe.sampler, saved.sampler),
         ("training.optimizer.name", recipe.training.optimizer.name, saved.training.optimizer.name),
+        *((key, getattr(recipe, key), getattr(saved, key)) for key in kind.own_keys),
     ):
         if now != then:
             raise UserError(f"{key}: differs from that of {start}; choose another run folder (run=…) or restore it")
@@ -231,8 +265,8 @@ def _is_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
-def _tell(kind: str, error: Exception | str, code: int) -> int:
+def _tell(kind: Kind, what: str, error: Exception | str, code: int) -> int:
     """Print one line, from one rank only when all of them have it."""
     if code == EXIT_FAILURE or int(os.environ.get("RANK", 0)) == 0:
-        print(f"train: {kind}: {error}", file=sys.stderr, flush=True)
+        print(f"{kind.name}: {what}: {error}", file=sys.stderr, flush=True)
     return code
