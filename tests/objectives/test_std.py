@@ -1,11 +1,14 @@
 import pytest
 import torch
 
+from fused_objectives.backend import INTERPRETED
 from fused_objectives.targets import IGNORED
 from pretrain.errors import UserError
 from tests.builders import VOCABULARY, lay_out, padded, random_samples
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
 from tests.objectives.oracles import detection_sums, labels_of, samples_of, word
+
+IMPLS = ("torch", "triton")
 
 
 def swapped(tokens: list[int], sample_id: int, visit: int, rate: float) -> tuple[list[int], list[int]]:
@@ -78,3 +81,14 @@ def test_a_rate_that_does_nothing_is_refused(name):
 def test_a_decoder_is_refused(name):
     with pytest.raises(UserError, match=rf"^objectives\.{name}: 'llama' is a decoder"):
         model_with(name, "llama")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("name", ["std", "itd", "dtd"])
+def test_kernels_and_twins_corrupt_alike(name):
+    rows = rows_of_samples(5)
+    batch = numbered(rows, ids_of(rows), row_length=70)
+    plain, fused = (model_with(name, rate=0.4, impl=impl).objectives[name].corrupt(batch, 0.0) for impl in IMPLS)
+    assert torch.equal(plain.labels, fused.labels) and plain.tallies == fused.tallies
+    for field in ("tokens", "segment_ids", "position_ids", "lengths"):
+        assert torch.equal(getattr(plain.batch, field), getattr(fused.batch, field)), field
