@@ -57,7 +57,7 @@ def cross_entropies(
             impl=impl,
         ),
     )
-    return TermLoss(loss.total + targets.overflow, loss.sums)
+    return TermLoss(loss.total + targets.overflow, loss.sums + targets.overflow)
 
 
 def token_detection_loss(
@@ -141,4 +141,4 @@ def generator_loss(
             impl=impl,
         ),
     )
-    return TermLoss(loss.total + targets.overflow, loss.sums), (targets.slots.view_as(batch.tokens), tokens)
+    return TermLoss(loss.total + targets.overflow, loss.sums + targets.overflow), (targets.slots.view_as(batch.tokens), tokens)

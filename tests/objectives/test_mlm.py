@@ -83,9 +83,9 @@ def test_room_for_more_targets_changes_neither_loss_nor_gradient(labels):
             torch.testing.assert_close(one, two)
 
 
-def test_targets_without_room_make_the_loss_nan(labels):
-    total, _ = loss_of(labels, torch.randn(2, 9, 6), WatchedHead(6, 11), capacity=3)
-    assert total.isnan()
+def test_targets_without_room_make_the_loss_and_every_samples_sum_nan(labels):
+    total, sums = loss_of(labels, torch.randn(2, 9, 6), WatchedHead(6, 11), capacity=3)
+    assert total.isnan() and sums.isnan().all()
 
 
 def test_mlm_and_rtd_mask_independently():
