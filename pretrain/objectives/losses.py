@@ -141,4 +141,5 @@ def generator_loss(
             impl=impl,
         ),
     )
-    return TermLoss(loss.total + targets.overflow, loss.sums + targets.overflow), (targets.slots.view_as(batch.tokens), tokens)
+    term = TermLoss(loss.total + targets.overflow, loss.sums + targets.overflow)
+    return term, (targets.slots.view_as(batch.tokens), tokens)
