@@ -154,7 +154,7 @@ class Guided(Policy):
         text = self.vocabulary.tables(batch.tokens.device).is_ordinary[batch.tokens] & batch.real
         in_units, in_all = (batch.sum_per_sample(which.long()) for which in (inside & text, text))
         lost = _spread(batch, in_units == 0)
-        probability = torch.where(lost, _RATE_WITHOUT_UNITS, rate)
+        probability = torch.full_like(units, rate, dtype=torch.float64).masked_fill(lost, _RATE_WITHOUT_UNITS)
         chosen = draw.choose(torch.where(lost, batch.position_ids, units), probability)
         return Choice(chosen=chosen & (inside | lost), fallbacks=((in_units == 0) & (in_all > 0)).sum())
 

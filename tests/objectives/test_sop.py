@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_objectives.targets import IGNORED
+from fused_objectives.targets import IGNORED, compact
 from pretrain.errors import UserError
 from pretrain.model.attention import Layout
 from pretrain.model.vocabulary import Vocabulary
+from pretrain.objectives import sop
 from tests.builders import CLS, MASK, SEP, VOCABULARY, lay_out, padded, random_samples
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
 from tests.objectives.oracles import labels_of, samples_of, word
@@ -119,6 +120,17 @@ def test_half_of_the_samples_are_exchanged_and_visits_draw_anew():
     for drawn in labels:
         assert 0.45 < drawn[drawn != IGNORED].double().mean() < 0.55
     assert not torch.equal(*labels)
+
+
+def test_room_for_more_text_than_there_is_changes_nothing(monkeypatch):
+    """On a GPU the number of text tokens is not known to the host."""
+    objective = model_with("sop", vocabulary=TEXT).objectives["sop"]
+    rows = rows_of_samples(10)
+    batch = numbered(rows, ids_of(rows), row_length=75)
+    exact = objective.corrupt(batch, 0.0)
+    monkeypatch.setattr(sop, "compact", lambda is_text: compact(is_text, len(is_text)))
+    roomy = objective.corrupt(batch, 0.0)
+    assert torch.equal(exact.tokens, roomy.tokens) and torch.equal(exact.labels, roomy.labels)
 
 
 def test_rows_without_samples_have_no_target():
