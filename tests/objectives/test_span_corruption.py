@@ -243,6 +243,15 @@ def test_a_target_with_as_many_spans_as_can_be_has_room():
     assert view.counts["span_corruption"].tolist() == [20 + 20 + 2] == [len(sample) + 3]
 
 
+def test_spans_end_with_their_sample_though_the_next_begins_with_a_chosen_token():
+    text = [np.random.default_rng(row).choice(VOCABULARY.ordinary_ids, 6) for row in range(3)]
+    batch = lay_out([text])
+    everything = torch.ones_like(batch.tokens, dtype=torch.bool)
+    view = view_of(everything, batch)
+    assert view.tokens.tolist() == [[SENTINELS[0]]] * 3
+    assert view.labels.tolist() == [[SENTINELS[0], *sample.tolist(), SENTINELS[1], SEP] for sample in text]
+
+
 def test_the_positions_of_the_model_bound_the_target():
     model = model_with("span_corruption", "bart", masking={"rate": 0.9})
     assert model.objectives["span_corruption"].target_length == model.encoder.positions == 512
