@@ -233,6 +233,21 @@ def test_widths_that_are_known_without_looking_at_the_batch_change_nothing(monke
     torch.testing.assert_close(ours.total, theirs.total, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["span_corruption", "denoise"])
+def test_nothing_is_asked_of_the_device_but_widths(monkeypatch, name):
+    """On the meta device, which has no values to give: what asks for one fails."""
+    monkeypatch.setattr(spans, "width_for", lambda lengths, bound: bound)
+    monkeypatch.setattr(span_corruption, "width_for", lambda lengths, bound: bound)
+    rows = rows_of_samples(5)
+    batch = numbered(rows, ids_of(rows), row_length=75).to(torch.device("meta"))
+    made = build_objectives(parse_objectives({name: {}}, "test"), PAIRED_VOCABULARY, seed=1)[name]
+    chosen = ChosenTokens(batch.real, 150, batch.visits.new_zeros(()))
+    made.chooser.choose = lambda *_: chosen
+    view = made.corrupt(batch, 0.0)
+    assert view.tokens.is_meta and view.labels.is_meta
+    assert len(view.tokens) == len(view.labels) == len(batch.sample_ids)
+
+
 def test_a_target_with_as_many_spans_as_can_be_has_room():
     """Every other token of a sample is a span of its own."""
     sample = random_samples([41])[0][1:-1]
