@@ -51,9 +51,9 @@ def span_scores(start: torch.Tensor, end: torch.Tensor, found: Borders, max_span
     lowest = float("-inf")
     interruptions = (~found.text).cumsum(1)
     start, end = start.masked_fill(~found.begins, lowest), end.masked_fill(~found.ends, lowest)
-    reach = (0, max_span - 1)
-    ends = torch.nn.functional.pad(end, reach, value=lowest).unfold(1, max_span, 1)
-    there = torch.nn.functional.pad(interruptions, reach, value=-1).unfold(1, max_span, 1)
+    reach, length = (0, max_span), start.shape[1]
+    ends = torch.nn.functional.pad(end, reach, value=lowest).unfold(1, max_span, 1)[:, :length]
+    there = torch.nn.functional.pad(interruptions, reach, value=-1).unfold(1, max_span, 1)[:, :length]
     return (start[:, :, None] + ends).masked_fill(there != interruptions[:, :, None], lowest)
 
 
