@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.store import Store
+from pretrain.data.store import Store, StoreWriter
 from pretrain.errors import UserError, nearest
 
 FORMAT_VERSION = 1
@@ -62,6 +62,6 @@ class Annotation:
         self.units = np.memmap(file, "<u2", "r") if tokens else np.empty(0, np.uint16)
 
 
-def folder_of(store: Store, name: str) -> Path:
+def folder_of(store: Store | StoreWriter, name: str) -> Path:
     """Return where an annotation of a store lies."""
     return store.folder / "annotations" / name

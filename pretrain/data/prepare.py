@@ -88,6 +88,11 @@ class Options:
         if self.spacy and not self.annotate:
             raise UserError("--spacy goes with --annotate; name what to annotate")
 
+    @property
+    def annotations(self) -> list[str]:
+        """The names in ``annotate``."""
+        return [name.strip() for name in self.annotate.split(",") if name.strip()]
+
 
 @dataclass
 class Counts:
@@ -127,13 +132,23 @@ def prepare(
     sources, passed_over = find_sources(inputs)
     if passed_over:
         _say(f"passed over {len(passed_over):,} files with other suffixes, such as {passed_over[0]}")
+    makers = annotators(settings.annotations, settings.spacy, "--annotate")
+    made_by = {annotator.name: annotator.made_by("raw") for annotator in makers}
+    for line in filter(None, (annotator.misses for annotator in makers)):
+        _say(line)
     began = time.monotonic()
     with whole_folder(out, overwrite, MARKS) as folder:
-        vocabulary_size, maker = _make_tokenizer(sources, settings, folder / "tokenizer")
+        vocabulary_size, maker = _make_tokenizer(sources, settings, folder / "tokenizer", makers)
         writers = {split: StoreWriter(folder / split, vocabulary_size) for split in SPLITS}
+        units = {
+            (split, one.name): AnnotationWriter(folder_of(writers[split], one.name), one.kind, made_by[one.name])
+            for split in SPLITS
+            for one in makers
+        }
         counts = {split: Counts() for split in SPLITS}
         tally = Tally(settings.max_bad, settings.field, _say)
-        _write_samples(_reader(sources, settings), tally, maker, writers, counts, settings, workers or cores())
+        reader = _reader(sources, settings)
+        _write_samples(reader, tally, maker, writers, units, counts, settings, workers or cores())
         skipped = dict(tally.skipped)
         if too_short := sum(count.too_short for count in counts.values()):
             skipped[TOO_SHORT] = too_short
@@ -154,6 +169,9 @@ def prepare(
                 report={"skipped": skipped, "examples": tally.examples, "passed_over": len(passed_over)},
                 program=f"medley {__version__}",
             )
+        for (split, _), annotation in units.items():
+            annotation.finish(writers[split].fingerprint)
+            annotation.publish()
     return {
         "documents": {split: count.documents for split, count in counts.items()},
         "samples": {split: writer.samples for split, writer in writers.items()},
@@ -169,7 +187,9 @@ def _reader(sources: list[Source], settings: Options) -> Reader:
     return Reader(sources, settings.field, settings.documents, settings.dataset_config, settings.dataset_split)
 
 
-def _make_tokenizer(sources: list[Source], settings: Options, folder: Path) -> tuple[int, SampleMaker]:
+def _make_tokenizer(
+    sources: list[Source], settings: Options, folder: Path, makers: tuple[Annotator, ...]
+) -> tuple[int, SampleMaker]:
     """Load or train the tokenizer and save it; return its vocabulary's size and what makes samples with it."""
     if settings.tokenizer:
         tokenizer = load_tokenizer(settings.tokenizer)
@@ -200,7 +220,16 @@ def _make_tokenizer(sources: list[Source], settings: Options, folder: Path) -> t
         )
     unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in barred else None
     file = str(folder / "tokenizer.json")
-    maker = SampleMaker(file, tuple(before), tuple(after), frozenset(barred), unknown_id, capacity, settings.min_length)
+    maker = SampleMaker(
+        tokenizer_file=file,
+        before=tuple(before),
+        after=tuple(after),
+        barred=frozenset(barred),
+        unknown=unknown_id,
+        capacity=capacity,
+        minimum=settings.min_length,
+        annotators=makers,
+    )
     return len(tokenizer), maker
 
 
@@ -235,6 +264,7 @@ def _write_samples(
     tally: Tally,
     maker: SampleMaker,
     writers: dict[str, StoreWriter],
+    units: dict[tuple[str, str], AnnotationWriter],
     counts: dict[str, Counts],
     settings: Options,
     workers: int,
@@ -244,6 +274,8 @@ def _write_samples(
     with tqdm(total=reader.total_bytes, unit="B", unit_scale=True, disable=None, desc="preparing") as bar:
         for split, samples in in_order(maker.start, batches, workers):
             writers[split].append(samples.tokens, samples.lengths)
+            for name, its in samples.units.items():
+                units[split, name].append(its, samples.lengths)
             counts[split].too_short += samples.too_short
             bar.update(reader.position - bar.n)
         bar.update(reader.position - bar.n)
@@ -283,6 +315,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, metavar="TOKENS", help="of a sample, specials included (default: %(default)s)")
     add("--min-length", type=int, metavar="TOKENS", help="of text in a sample (default: %(default)s)")
     add("--heldout", type=float, metavar="FRACTION", help="of documents to hold out (default: %(default)s)")
+    add = parser.add_argument_group("annotations").add_argument
+    add("--annotate", metavar="NAMES", help=f"of {', '.join(ANNOTATIONS)}, with commas: made of the raw text")
+    add("--spacy", metavar="MODEL", help="makes them with a spaCy model (default: by rules)")
     add = parser.add_argument_group("running").add_argument
     add("--workers", type=int, metavar="N", help="processes (default: one a core); the result is the same")
     add("--overwrite", action="store_true", help="replace a prepared corpus")

@@ -134,6 +134,11 @@ class StoreWriter:
         self.token_count += len(tokens)
         self.max_length = max(self.max_length, int(lengths.max()))
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the tokens and index so far."""
+        return hashlib.sha256(self._tokens_hash.digest() + self._index_hash.digest()).hexdigest()
+
     def close(self, **meta) -> None:
         """Turn the folder into a store; ``meta`` (tokenizer, source, …) is added to ``meta.json``."""
         self._tokens.close()
@@ -150,7 +155,7 @@ class StoreWriter:
             "samples": self.samples,
             "tokens": self.token_count,
             "max_length": self.max_length,
-            "fingerprint": hashlib.sha256(self._tokens_hash.digest() + self._index_hash.digest()).hexdigest(),
+            "fingerprint": self.fingerprint,
             **meta,
         }
         (self.folder / "meta.json").write_text(json.dumps(document, indent=2) + "\n")
