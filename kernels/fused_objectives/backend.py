@@ -5,7 +5,9 @@ Every op has both: the twin is the specification and the path of the CPU, the ke
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +63,24 @@ def uses_triton(impl: str, tensor: torch.Tensor) -> bool:
     if reason:
         raise ValueError(f"impl: {reason}")
     return True
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
+    """Return a context in which products on the tensor's device are of their operands' dtypes."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def not_differentiable(op: Callable) -> Callable:
+    """Decorate an op whose results carry no gradient, and whose arithmetic autocast must not change."""
+
+    @wraps(op)
+    def run(*arguments, **options):
+        first = next(x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor))
+        with torch.no_grad(), without_autocast(first):
+            return op(*arguments, **options)
+
+    return run
 
 
 class Configuration(NamedTuple):

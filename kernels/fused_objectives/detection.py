@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import torch
 
-from fused_objectives.backend import Configuration, jit, tl, uses_triton
+from fused_objectives.backend import Configuration, jit, tl, uses_triton, without_autocast
+from fused_objectives.checks import FLOATING, INTEGER, check
+from fused_objectives.segments import checked, owners, span_sums, spans
 from fused_objectives.segments import per_token as spread
-from fused_objectives.segments import spans, sum_per_sample
 from fused_objectives.targets import IGNORED
 
 WIDEST = 2048
@@ -59,33 +60,34 @@ def detection_loss(
     Args:
         hidden: ``[N, d]`` floating.
         weight: ``[d]`` floating.
-        labels: ``[N]`` int64, 0, 1 or IGNORED.
-        segments: ``[N]`` int64, which of S samples a token belongs to, −1 padding.
+        labels: ``[N]`` integers, 0, 1 or IGNORED. Another one makes the token's loss and gradients NaN.
+        segments: ``[N]`` integers, which sample a token belongs to; a sample's tokens are one contiguous run; −1 is
+            padding.
         samples: S.
         bias: ``[1]`` floating.
         sample_weights: ``[S]`` floating, 1 if None.
         token_weights: ``[N]`` floating, 1 if None.
 
     Raises:
-        ValueError: if shapes disagree, or if the kernel is to run and d is above :data:`WIDEST`.
+        ValueError: for shapes, dtypes or segments that are not so, or if the kernel is to run and d is above
+            :data:`WIDEST`.
     """
-    shapes = {
-        "weight": (weight, hidden.shape[1:]),
-        "labels": (labels, hidden.shape[:1]),
-        "segments": (segments, hidden.shape[:1]),
-        "bias": (bias, (1,)),
-        "sample_weights": (sample_weights, (samples,)),
-        "token_weights": (token_weights, hidden.shape[:1]),
+    tensors = {
+        "hidden": (hidden, "Nd", FLOATING),
+        "weight": (weight, "d", FLOATING),
+        "bias": (bias, "1", FLOATING),
+        "labels": (labels, "N", INTEGER),
+        "segments": (segments, "N", INTEGER),
+        "sample_weights": (sample_weights, "S", FLOATING),
+        "token_weights": (token_weights, "N", FLOATING),
     }
-    for name, (tensor, shape) in shapes.items():
-        if hidden.dim() != 2 or (tensor is not None and tensor.shape != shape):
-            raise ValueError(f"{name}: does not fit hidden {list(hidden.shape)} and {samples} samples")
+    check(tensors, impl, samples)
     gradients = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
-    results = _detection(
-        hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients, impl
-    )
+    weights = sample_weights, token_weights
+    with without_autocast(hidden):  # it would reach into the op
+        results = _detection(hidden, weight, bias, labels, segments, samples, *weights, gradients, impl)
     return Detection(*results[: len(Detection._fields)])
 
 
@@ -105,6 +107,7 @@ def _detection(
     """Return the fields of :class:`Detection` and, with ``gradients`` (else empty), the gradients of ``total`` with
     respect to the logits, ``[N]``, the weight, ``[d]``, and the bias, ``[1]``, all float32."""
     run = _detect if uses_triton(impl, hidden) and hidden.numel() and samples else _detect_torch
+    labels, segments = labels.long(), checked(segments, samples)
     return run(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients)
 
 
@@ -114,8 +117,9 @@ def _(hidden, weight, bias, labels, segments, samples, sample_weights, token_wei
         return hidden.new_empty(shape, dtype=torch.float32)
 
     tokens, width = hidden.shape
+    counts = labels.new_empty(samples, dtype=torch.int64)
     slopes = (tokens, width, 1) if gradients else (0, 0, 0)
-    return floats(), floats(samples), labels.new_empty(samples), floats(tokens), floats(tokens), *map(floats, slopes)
+    return floats(), floats(samples), counts, floats(tokens), floats(tokens), *map(floats, slopes)
 
 
 def _remember(ctx, inputs, output):
@@ -173,17 +177,16 @@ def _(upstream, slopes, weight, dtype, impl):
 
 def _detect_torch(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients):
     """Do what the kernels do by plain torch."""
-    real = (labels != IGNORED) & (segments >= 0)
+    owner = owners(segments, samples)
+    real = (labels != IGNORED) & (owner < samples)
     wide = hidden.float().contiguous()  # sums in the same order for all strides
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = wide @ weight.float().contiguous()
+    logits = wide @ weight.float().contiguous()
     logits = torch.where(real, logits if bias is None else logits + bias.float(), 0)
-    signed = torch.where(labels == 1, -logits, logits)
+    signed = torch.where(labels == 1, -logits, torch.where(labels == 0, logits, torch.nan))
     per_token = torch.where(real, signed.clamp(min=0) + torch.log1p(torch.exp(-signed.abs())), 0)
 
     weighted = per_token if token_weights is None else per_token * token_weights.float()
-    sums = sum_per_sample(weighted, segments, samples, "torch")
-    owner = torch.where(segments < 0, samples, segments)
+    sums = span_sums(weighted, segments, samples, "torch")
     counts = owner.new_zeros(samples + 1).index_add(0, owner, real.long())[:samples]
     total = sums.sum() if sample_weights is None else (sums * sample_weights.float()).sum()
     results = total, sums, counts, per_token, logits
@@ -198,9 +201,7 @@ def _detect_torch(hidden, weight, bias, labels, segments, samples, sample_weight
     slopes = torch.where(real, slopes, 0)
     if wide.is_cuda or not real.all():  # a GPU's host must not wait for the answer
         wide = torch.where(real[:, None], wide, 0)  # 0 times what padding holds may be NaN
-    with torch.autocast(hidden.device.type, enabled=False):
-        weight_gradient = slopes @ wide
-    return *results, slopes, weight_gradient, slopes.sum().view(1)
+    return *results, slopes, slopes @ wide, slopes.sum().view(1)
 
 
 def _detect(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients):
@@ -232,6 +233,7 @@ def _detect(hidden, weight, bias, labels, segments, samples, sample_weights, tok
         slopes,
         parts,
         tokens,
+        samples,
         width,
         hidden.stride(0),
         GRADIENTS=gradients,
@@ -278,7 +280,7 @@ def _programs(columns: int, device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * 16 * _WARP // columns
 
 
-@jit(do_not_specialize=["tokens"])
+@jit(do_not_specialize=["tokens", "samples"])
 def detection_kernel(
     hidden_ptr,
     weight_ptr,
@@ -292,6 +294,7 @@ def detection_kernel(
     slopes_ptr,
     parts_ptr,
     tokens,
+    samples,
     width,
     hidden_stride,
     GRADIENTS: tl.constexpr,
@@ -316,11 +319,11 @@ def detection_kernel(
         inside = rows < tokens
         label = tl.load(labels_ptr + rows, mask=inside, other=-100)
         segment = tl.load(segments_ptr + rows, mask=inside, other=-1)
-        real = (label != -100) & (segment >= 0)
+        real = (label != -100) & (segment >= 0) & (segment < samples)
         places = rows[:, None] * hidden_stride + columns[None, :]
         hidden = tl.load(hidden_ptr + places, mask=real[:, None] & within[None, :], other=0.0).to(tl.float32)
         logit = tl.where(real, tl.sum(hidden * weight[None, :], 1) + bias, 0.0)
-        signed = tl.where(label == 1, -logit, logit)
+        signed = tl.where(label == 1, -logit, tl.where(label == 0, logit, float("nan")))
         small = tl.exp(-tl.abs(signed))
         loss = tl.where(real, tl.maximum(signed, 0.0) + _log1p(small), 0.0)
         scale = tl.full([ROWS], 1.0, tl.float32)
@@ -425,13 +428,14 @@ def detection_hidden_gradient_kernel(
 def _configurations():
     weights = {"sample_weights_ptr": "*fp32", "token_weights_ptr": "*fp32"}
     sizes = {"tokens": "i32", "width": "i32:16"}
+    forward = {"tokens": "i32", "samples": "i32", "width": "i32:16", "hidden_stride": "i32:16"}
     for dtype in ("*bf16", "*fp32"):
         for columns in (256, 512, 1024, WIDEST):
             tile, warps = {"ROWS": _ROWS, "BLOCK_D": columns}, columns // _WARP
             inputs = {"hidden_ptr": dtype, "weight_ptr": dtype, "bias_ptr": dtype}
             inputs |= {"labels_ptr": "*i64", "segments_ptr": "*i64"} | weights
             outputs = ("per_token_ptr", "logits_ptr", "slopes_ptr", "parts_ptr")
-            signature = inputs | dict.fromkeys(outputs, "*fp32") | sizes | {"hidden_stride": "i32:16"}
+            signature = inputs | dict.fromkeys(outputs, "*fp32") | forward
             yield Configuration(detection_kernel, signature, {"GRADIENTS": True, "PARTS": _PARTS} | tile, warps)
             if columns == 1024:  # the least that can be asked for
                 absent = dict.fromkeys(("bias_ptr", *weights))

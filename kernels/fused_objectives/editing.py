@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 
 from fused_objectives.backend import Configuration, jit, tl, uses_triton
+from fused_objectives.checks import BOOL, INT64, check, check_count
 from fused_objectives.draws import threshold, token_words, words
 from fused_objectives.philox import below, stream_id
+from fused_objectives.segments import checked
 from fused_objectives.targets import IGNORED
 
 _BLOCK = 512
@@ -61,8 +63,8 @@ def insert_tokens(
     Word 0 of the call (position, sample, visit) of the token behind decides, word 2 picks the inserted one.
 
     Args:
-        tokens, segments, positions: ``[rows, length]`` int64: token ids; which of the S samples, −1 padding; position
-            within the sample. A sample's tokens are one contiguous run in a row.
+        tokens, segments, positions: ``[rows, length]`` int64: token ids; which sample a token belongs to (a sample's
+            tokens are one contiguous run, within a row; −1 is padding); position within the sample.
         sample_ids, visits: ``[S]`` int64.
         seed, stream: key of the random numbers.
         rate: probability of an insertion.
@@ -74,8 +76,10 @@ def insert_tokens(
     Bytes: 24 read a place of the input, 40 written a place of the result.
 
     Raises:
-        ValueError: if the rate is no probability, or there is no token to insert.
+        ValueError: if the rate is no probability, or there is no token to insert; for shapes, dtypes or segments that
+            are not so.
     """
+    _check(tokens, segments, positions, sample_ids, visits, capacity, impl, ordinary_ids=(ordinary_ids, "n", INT64))
     if insert_id is None and len(ordinary_ids) == 0:
         raise ValueError("ordinary_ids: no token to insert")
     edit = threshold(rate), seed & 0xFFFFFFFF, stream, None, ordinary_ids, insert_id, pad_id, capacity
@@ -103,7 +107,8 @@ def delete_tokens(
     a sample without special tokens may lose all it has.
 
     Args:
-        tokens, segments, positions, sample_ids, visits, seed, stream, pad_id: see :func:`insert_tokens`.
+        tokens, segments, positions, sample_ids, visits, seed, stream, pad_id: see :func:`insert_tokens`; a sample's
+            tokens are one contiguous run, within a row.
         rate: probability of a deletion.
         is_ordinary: ``[V]`` bool, which tokens may be deleted.
         capacity: places a row of the result; None for as many as the input has.
@@ -111,11 +116,24 @@ def delete_tokens(
     Bytes: 24 read a place of the input, 40 written a place of the result.
 
     Raises:
-        ValueError: if the rate is no probability.
+        ValueError: if the rate is no probability, and for shapes, dtypes or segments that are not so.
     """
+    _check(tokens, segments, positions, sample_ids, visits, capacity, impl, is_ordinary=(is_ordinary, "V", BOOL))
     capacity = tokens.shape[1] if capacity is None else capacity
     edit = threshold(rate), seed & 0xFFFFFFFF, stream, is_ordinary, None, None, pad_id, capacity
     return Edited(*_edit(tokens, segments, positions, sample_ids, visits, *edit, impl))
+
+
+def _check(tokens, segments, positions, sample_ids, visits, capacity, impl, **others):
+    tensors = {
+        "tokens": (tokens, "RL", INT64),
+        "segments": (segments, "RL", INT64),
+        "positions": (positions, "RL", INT64),
+        "sample_ids": (sample_ids, "S", INT64),
+        "visits": (visits, "S", INT64),
+    }
+    check(tensors | others, impl)
+    check_count("capacity", capacity)
 
 
 @torch.library.custom_op("fused_objectives::edit_tokens", mutates_args=())
@@ -135,6 +153,7 @@ def _edit(
     capacity: int,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    segments = checked(segments, len(sample_ids), within_rows=True)
     arguments = (bound, seed, stream, is_ordinary, ordinary_ids, insert_id, pad_id, capacity)
     run = edit_triton if uses_triton(impl, tokens) else edit_torch
     return run(tokens, segments, positions, sample_ids, visits, *arguments)
@@ -242,6 +261,7 @@ def edit_triton(
             lengths,
             dropped,
             length,
+            len(sample_ids),
             capacity,
             0 if ordinary_ids is None else len(ordinary_ids),
             bound,
@@ -255,7 +275,7 @@ def edit_triton(
     return *result, lengths, dropped
 
 
-_SCALARS = ["length", "capacity", "ordinary", "bound", "seed", "stream", "insert_id", "pad_id"]
+_SCALARS = ["length", "samples", "capacity", "ordinary", "bound", "seed", "stream", "insert_id", "pad_id"]
 
 
 @jit
@@ -280,6 +300,7 @@ def edit_kernel(
     lengths_ptr,
     dropped_ptr,
     length: tl.int64,
+    samples: tl.int64,
     capacity: tl.int64,
     ordinary: tl.int64,
     bound: tl.int64,
@@ -306,7 +327,7 @@ def edit_kernel(
         segments = tl.load(segments_ptr + places, mask=here, other=-1)
         before = tl.load(segments_ptr + places - 1, mask=here & (columns > 0), other=-1)
         after = tl.load(segments_ptr + places + 1, mask=columns + 1 < length, other=-1)
-        real = segments >= 0
+        real = (segments >= 0) & (segments < samples)
         positions = tl.load(positions_ptr + places, mask=real, other=0)
         choose, _, pick, _ = token_words(seed, stream, positions, segments, real, sample_ids_ptr, visits_ptr)
         drawn = real & (choose.to(tl.int64) < bound)

@@ -2,14 +2,16 @@
 
 import torch
 
-from fused_objectives.backend import Configuration, jit, tl, uses_triton
+from fused_objectives.backend import Configuration, jit, not_differentiable, tl, uses_triton
+from fused_objectives.checks import FLOATING, INTEGER, check
 from fused_objectives.gram import ALIGNMENT, aligned, gram_row_sums, inner_columns
-from fused_objectives.segments import per_token, runs, spans, sum_per_sample
+from fused_objectives.segments import checked, per_token, runs, span_sums, spans
 
 _BLOCK, _WARPS = 64, 8
 _TORCH_ROWS = 256
 
 
+@not_differentiable
 def embedding_norms(
     gradients: torch.Tensor, tokens: torch.Tensor, segments: torch.Tensor, samples: int, *, impl: str = "auto"
 ) -> torch.Tensor:
@@ -21,15 +23,22 @@ def embedding_norms(
     Args:
         gradients: ``[N, d]`` floating, gradients at the embedding's outputs.
         tokens: ``[N]`` integers, what was looked up; position or type ids must be spread over the rows likewise.
-        segments: ``[N]`` integers, one contiguous run for each sample; −1 is padding, which may hold anything.
+        segments: ``[N]`` integers, which sample a token belongs to; a sample's tokens are one contiguous run; −1 is
+            padding, which may hold anything.
         samples: S.
+
+    Raises:
+        ValueError: for shapes, dtypes or segments that are not so.
 
     Td FLOPs and more a token, for samples of T tokens: small beside the model's. Memory as of
     :func:`fused_objectives.gram.gram_row_sums`.
     """
+    tensors = {"gradients": (gradients, "Nd", FLOATING), "tokens": (tokens, "N", INTEGER)}
+    check(tensors | {"segments": (segments, "N", INTEGER)}, impl, samples)
     return _embedding_norms(gradients, tokens, segments, samples, impl)
 
 
+@not_differentiable
 def tied_cross_term(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -59,18 +68,36 @@ def tied_cross_term(
         hidden: ``[K, d]`` floating, inputs of the head at the targets.
         weight: ``[V, d]``, the tied matrix. It and ``gradients`` are rounded to the dtype of ``hidden``.
         targets: ``[K]`` integers; negative where there is none.
-        target_segments: ``[K]`` integers, the sample of each target; −1 where there is none.
+        target_segments: ``[K]`` integers, the sample of each target; a sample's targets are one contiguous run; −1
+            where there is none.
         log_normalizers: ``[K]`` float32, the logsumexp of each target's (soft-capped) logits.
         tokens: ``[N]`` integers, what the embedding looked up.
         gradients: ``[N, d]`` floating, gradients at the embedding's outputs.
-        segments: ``[N]`` integers, one contiguous run for each sample; −1 is padding, which may hold anything.
+        segments: ``[N]`` integers, which sample a token belongs to; a sample's tokens are one contiguous run; −1 is
+            padding, which may hold anything.
         samples: S.
-        bias: ``[V]`` of the head.
-        token_weights: ``[K]``, u; None weighs all targets by 1.
+        bias: ``[V]`` floating, of the head.
+        token_weights: ``[K]`` floating, u; None weighs all targets by 1.
         label_smoothing, z_loss, soft_cap: ε, ζ and the cap as of the loss.
+
+    Raises:
+        ValueError: for shapes, dtypes or segments that are not so.
 
     4d FLOPs for each pair of a target and a token of its sample; reads a row of ``weight`` a token.
     """
+    tensors = {
+        "hidden": (hidden, "Kd", FLOATING),
+        "weight": (weight, "Vd", FLOATING),
+        "targets": (targets, "K", INTEGER),
+        "target_segments": (target_segments, "K", INTEGER),
+        "log_normalizers": (log_normalizers, "K", FLOATING),
+        "gradients": (gradients, "Nd", FLOATING),
+        "tokens": (tokens, "N", INTEGER),
+        "segments": (segments, "N", INTEGER),
+        "bias": (bias, "V", FLOATING),
+        "token_weights": (token_weights, "K", FLOATING),
+    }
+    check(tensors, impl, samples)
     return _tied_cross_term(
         hidden,
         weight,
@@ -94,13 +121,14 @@ def tied_cross_term(
 def _embedding_norms(
     gradients: torch.Tensor, tokens: torch.Tensor, segments: torch.Tensor, samples: int, impl: str
 ) -> torch.Tensor:
+    segments = checked(segments, samples)
     if not uses_triton(impl, gradients):
         return _embedding_norms_torch(gradients, tokens, segments, samples)
     first, last = (per_token(bounds, segments) for bounds in spans(segments, samples, impl))
     sums = gram_row_sums(
         None, gradients, None, gradients, first, last, symmetric=True, left_ids=tokens, right_ids=tokens, impl=impl
     )
-    return sum_per_sample(sums, segments, samples, impl).clamp(min=0)
+    return span_sums(sums, segments, samples, impl).clamp(min=0)
 
 
 @_embedding_norms.register_fake
@@ -136,15 +164,16 @@ def _tied_cross_term(
     soft_cap: float | None,
     impl: str,
 ) -> torch.Tensor:
-    owners = torch.where(targets < 0, -1, target_segments)
-    tokens = torch.where(segments < 0, 0, tokens)  # rows of the matrix are read for padding within a tile, too
+    segments, target_segments = checked(segments, samples), checked(target_segments, samples, "target_segments")
+    owners = torch.where(targets < 0, -1, target_segments)  # may have gaps within a run
+    tokens = torch.where(segments < 0, 0, tokens.long())  # rows of the matrix are read for padding within a tile, too
     first, last = (per_token(bounds, owners) for bounds in spans(segments, samples, impl))
     launch = _tied_cross_term_triton if uses_triton(impl, hidden) else _tied_cross_term_torch
     operands = (hidden, weight, targets, log_normalizers, tokens, gradients, bias)
     sums = launch(*operands, first, last, label_smoothing, z_loss, soft_cap)
     if token_weights is not None:
         sums = torch.where(token_weights == 0, 0.0, sums * token_weights.float())
-    return sum_per_sample(sums, owners, samples, impl)
+    return span_sums(sums, target_segments, samples, impl)
 
 
 @_tied_cross_term.register_fake

@@ -51,7 +51,8 @@ def linear_cross_entropy_and_sample(
         sample_ids, visits: ``[S]`` integers.
         seed, stream: key of the random words.
         temperature: above 0; 1 samples the distribution that the loss trains.
-        The others are those of :func:`~fused_objectives.linear_cross_entropy.linear_cross_entropy`.
+        The others are those of :func:`~fused_objectives.linear_cross_entropy.linear_cross_entropy`: ``segments`` says
+            for each token which sample it belongs to; a sample's tokens are one contiguous run; −1 is padding.
 
     Raises:
         ValueError: for a temperature that is not above 0, and as :func:`linear_cross_entropy` does.
@@ -60,9 +61,6 @@ def linear_cross_entropy_and_sample(
     """
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature} is not above 0")
-    if positions.shape != targets.shape or len(sample_ids) != samples or len(visits) != samples:
-        shapes = tuple(positions.shape), tuple(sample_ids.shape), tuple(visits.shape)
-        raise ValueError(f"positions, sample_ids and visits are not [N], [S], [S] but {shapes}")
     sampling = Sampling(positions, segments, sample_ids, visits, seed & 0xFFFFFFFF, stream, temperature)
     terms = Terms(label_smoothing, z_loss, soft_cap)
     weights, limits = (sample_weights, token_weights), (capacity, chunk_rows, None)

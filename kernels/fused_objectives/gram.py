@@ -7,12 +7,13 @@ formed, and neither Gram matrix is written to memory.
 
 import torch
 
-from fused_objectives.backend import Configuration, jit, tl, uses_triton
+from fused_objectives.backend import Configuration, jit, not_differentiable, tl, uses_triton
 
 _BLOCK, _WARPS, ALIGNMENT = 64, 8, 16
 _TORCH_ROWS = 256
 
 
+@not_differentiable
 def gram_row_sums(
     left_inputs: torch.Tensor | None,
     left_gradients: torch.Tensor,

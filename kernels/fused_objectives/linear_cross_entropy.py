@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from fused_objectives.backend import without_autocast
+from fused_objectives.checks import FLOATING, INTEGER, check, check_count
 from fused_objectives.gram import gram_row_sums
 from fused_objectives.gumbel import Sampling
 from fused_objectives.matmul import accumulate, accumulate_rows, multiply
-from fused_objectives.segments import per_token, spans, sum_per_sample
+from fused_objectives.segments import checked, per_token, span_sums, spans
 from fused_objectives.softmax_epilogue import ALIGNMENT, Terms, softmax_epilogue
 from fused_objectives.targets import IGNORED, compact
 
@@ -26,7 +28,7 @@ class LinearCrossEntropy(NamedTuple):
 
     total: torch.Tensor
     """``[]`` float32, differentiable by hidden, weight and bias: Σ_n w_sample(n)·u_n·loss_n, with sample weights w and
-    token weights u. NaN if there were more targets than the capacity."""
+    token weights u. NaN, as are sums, norms and gradients, if there were more targets than the capacity."""
     sums: torch.Tensor
     """``[S]`` float32: Σ u_n·loss_n of each sample."""
     counts: torch.Tensor
@@ -68,8 +70,10 @@ def linear_cross_entropy(
         hidden: ``[N, d]`` floating, ``weight`` ``[V, d]`` of the same dtype, ``bias`` ``[V]`` floating. Under
             ``torch.autocast`` the products are of its dtype, as ``F.linear``'s; gradients are of the arguments' dtypes.
         targets: ``[N]`` integers, :data:`~fused_objectives.targets.IGNORED` where there is nothing to predict. Another
-            number outside 0 .. V − 1 makes the total NaN.
-        segments: ``[N]`` integers, which of the ``samples`` a token belongs to; −1, padding, is never a target.
+            number outside 0 .. V − 1 makes the total NaN, the sample's sum and norm, and the gradients.
+        segments: ``[N]`` integers, which sample a token belongs to; a sample's tokens are one contiguous run; −1 is
+            padding, never a target.
+        samples: S.
         sample_weights, token_weights: ``[S]`` and ``[N]`` floating, None is 1; no gradient flows to them.
         capacity: the most targets that the batch can have; None takes their number on the CPU, and N on a GPU.
         chunk_rows: targets whose logits exist at the same time; None takes :func:`default_chunk_rows`.
@@ -79,7 +83,7 @@ def linear_cross_entropy(
             with more get a NaN.
 
     Raises:
-        ValueError: for shapes, dtypes or numbers that do not fit together.
+        ValueError: for shapes, dtypes, numbers or segments that are not so.
 
     For n targets, 6ndV FLOPs if hidden and weight need gradients: three products, each with float32 sums. Bytes: those
     of hidden, weight and their gradients once a chunk, and the logits' 2nV (or 4nV) three times, from the L2 cache if a
@@ -145,11 +149,23 @@ def evaluate(
         sampling: over all tokens.
         wanted: which of hidden, weight and bias need a gradient; None asks autograd.
     """
+    tensors = {
+        "hidden": (hidden, "Nd", FLOATING),
+        "weight": (weight, "Vd", FLOATING),
+        "bias": (bias, "V", FLOATING),
+        "targets": (targets, "N", INTEGER),
+        "segments": (segments, "N", INTEGER),
+        "sample_weights": (weights[0], "S", FLOATING),
+        "token_weights": (weights[1], "N", FLOATING),
+    }
+    if sampling is not None:
+        tensors["positions"] = (sampling.positions, "N", INTEGER)
+        tensors["sample_ids"], tensors["visits"] = (sampling.sample_ids, "S", INTEGER), (sampling.visits, "S", INTEGER)
+    check(tensors, impl, samples)
     capacity, chunk_rows, longest = limits
-    vocabulary, width = weight.shape
-    if hidden.shape != (len(targets), width) or segments.shape != targets.shape or targets.ndim != 1:
-        shapes = tuple(hidden.shape), tuple(weight.shape), tuple(targets.shape), tuple(segments.shape)
-        raise ValueError(f"hidden, weight, targets and segments are not [N, d], [V, d], [N], [N] but {shapes}")
+    check_count("capacity", capacity)
+    check_count("chunk_rows", chunk_rows)
+    check_count("longest", longest)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if not torch.is_autocast_enabled(kind) and hidden.dtype != weight.dtype:
@@ -159,7 +175,7 @@ def evaluate(
     if terms.soft_cap is not None and terms.soft_cap <= 0:
         raise ValueError(f"soft_cap: {terms.soft_cap} is not above 0; None is without")
     if chunk_rows is None:
-        chunk_rows = default_chunk_rows(vocabulary, dtype)
+        chunk_rows = default_chunk_rows(len(weight), dtype)
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows: {chunk_rows} is not above 0")
     if wanted is None:
@@ -168,7 +184,7 @@ def evaluate(
     if sampling is not None:
         drawing = (sampling.positions, sampling.sample_ids, sampling.visits, *sampling[4:])
     arguments = (hidden, weight, bias, targets, segments, samples, *weights, *terms)
-    with torch.autocast(kind, enabled=False):  # it would reach into the op
+    with without_autocast(hidden):  # it would reach into the op
         output = _head(*arguments, capacity, chunk_rows, longest, norms, *drawing, *wanted, dtype, impl)
     return LinearCrossEntropy(*output[:5], output[5] if norms else None), output
 
@@ -205,12 +221,14 @@ def _head(
     """Return total, sums, counts, losses, log-normalisers, squared norms, the gradients and the sampled tokens; what is
     not asked for is empty. One loop over chunks serves both implementations, which differ in what it calls."""
     tokens, (vocabulary, width) = len(hidden), weight.shape
-    chosen = compact((targets != IGNORED) & (segments >= 0), None if capacity is None else min(capacity, tokens))
+    segments = checked(segments, samples)
+    is_target = (targets != IGNORED) & (segments >= 0) & (segments < samples)
+    chosen = compact(is_target, None if capacity is None else min(capacity, tokens))
+    overflow = chosen.overflow
     rows, unused = len(chosen.places), chosen.places < 0
     destinations = torch.where(unused, tokens, chosen.places)
-    labels, owners = chosen.take(targets.long(), IGNORED), chosen.take(segments.long(), -1)
-    counts = owners.new_zeros(samples + 1)
-    counts = counts.index_add(0, torch.where(unused, samples, owners), torch.ones_like(owners))[:samples]
+    labels, owners = chosen.take(targets.long(), IGNORED), chosen.take(segments, -1)
+    counts = span_sums(is_target, segments, samples, impl).long()
 
     zeros = partial(torch.zeros, dtype=torch.float32, device=hidden.device)
     sample_weights = zeros(samples) + 1 if sample_weights is None else sample_weights.float()
@@ -226,9 +244,10 @@ def _head(
     inputs = chosen.take(hidden).to(dtype).masked_fill_(unused[:, None], 0)
     weighted = (inputs * row_weights[:, None]).to(dtype) if weight_gradient else None
     losses, log_normalizers, row_norms = zeros(rows), zeros(rows), zeros(rows)
-    d_hidden = hidden.new_zeros(tokens + 1, width) if hidden_gradient else None  # the last row is that of unused places
-    d_weight = zeros(vocabulary, width) if weight_gradient else None
-    d_bias = zeros(vocabulary) if bias_gradient else None
+    # Gradients begin as 0, or if targets were left out as NaN. The last row of hidden's is that of unused places.
+    d_hidden = hidden.new_empty(tokens + 1, width).copy_(overflow) if hidden_gradient else None
+    d_weight = weight.new_empty(vocabulary, width, dtype=torch.float32).copy_(overflow) if weight_gradient else None
+    d_bias = bias.new_empty(vocabulary, dtype=torch.float32).copy_(overflow) if bias_gradient else None
 
     terms = Terms(label_smoothing, z_loss, soft_cap)
     gradient = hidden_gradient or weight_gradient or bias_gradient or squared_norms
@@ -276,12 +295,12 @@ def _head(
             products = gram_row_sums(*here, *there, first, last, symmetric=itself, bias=bias is not None, impl=impl)
             row_norms[part] += products if itself else 2 * products
 
-    sums = sum_per_sample(loss_weights * losses, owners, samples, impl)
+    sums = span_sums(loss_weights * losses, owners, samples, impl) + overflow
     norms = zeros(0)
     if squared_norms:
-        norms = torch.where(counts > longest, torch.nan, sum_per_sample(row_norms, owners, samples, impl))
+        norms = torch.where(counts > longest, torch.nan, span_sums(row_norms, owners, samples, impl)) + overflow
     return (
-        (sample_weights * sums).sum() + chosen.overflow,
+        (sample_weights * sums).sum(),
         sums,
         counts,
         *(zeros(tokens + 1).index_copy_(0, destinations, values)[:tokens] for values in (losses, log_normalizers)),

@@ -9,16 +9,18 @@ from typing import Literal
 
 import torch
 
-from fused_objectives.backend import Configuration, jit, tl, uses_triton
+from fused_objectives.backend import Configuration, jit, not_differentiable, tl, uses_triton
+from fused_objectives.checks import FLOATING, INTEGER, check, check_count
 from fused_objectives.gram import ALIGNMENT, aligned, gram_row_sums
-from fused_objectives.segments import per_token, spans, sum_per_sample
-from fused_objectives.vector_norms import bias_norms
+from fused_objectives.segments import checked, per_token, span_sums, spans
+from fused_objectives.vector_norms import squared_sums
 
 METHODS = ("auto", "gram", "instantiate")
 _PROGRAMS = 512
 """How many programs keep a GPU busy: with fewer tiles than that the samples are dealt out to several groups."""
 
 
+@not_differentiable
 def linear_norms(
     inputs: torch.Tensor,
     gradients: torch.Tensor,
@@ -37,7 +39,8 @@ def linear_norms(
     Args:
         inputs: ``[N, d]`` floating, the layer's inputs A.
         gradients: ``[N, p]`` of the same dtype, gradients G at its outputs.
-        segments: ``[N]`` integers, one contiguous run for each sample; −1 is padding, which may hold anything.
+        segments: ``[N]`` integers, which sample a token belongs to; a sample's tokens are one contiguous run; −1 is
+            padding, which may hold anything.
         samples: S.
         bias: the layer has a bias; its squared norm ‖Σ_t g_t‖² is added.
         longest: T, tokens of the longest sample or a bound on it. None asks the segments on the CPU and takes N on a
@@ -45,16 +48,19 @@ def linear_norms(
         method: ``auto`` takes ``gram`` where T < pd/(p + d), else ``instantiate``.
 
     Raises:
-        ValueError: for another method.
+        ValueError: for another method, and for shapes, dtypes or segments that are not so.
 
     Gram: about T(p + d) FLOPs a token, relative to the layer's forward and backward T/(3d) to T/(2d) for d = p.
     Instantiating: 2pd a token, a third of forward and backward; ``S·p·d/4096`` bytes of scratch.
     """
     if method not in METHODS:
         raise ValueError(f"method: '{method}' is none of {', '.join(METHODS)}")
+    check_count("longest", longest)
+    _check(inputs, gradients, segments, samples, impl)
     return _linear_norms(inputs, gradients, segments, samples, bias, longest, method, impl)
 
 
+@not_differentiable
 def linear_norms_and_gradient(
     inputs: torch.Tensor,
     gradients: torch.Tensor,
@@ -74,9 +80,18 @@ def linear_norms_and_gradient(
         weights: ``[S]`` floating; None weighs all by 1. A sample of weight 0 adds nothing, whatever it holds.
         dtype: of dW, which is added up in float32; None takes the inputs'.
 
+    Raises:
+        ValueError: for shapes, dtypes or segments that are not so.
+
     2Npd FLOPs, in place of the 2Npd of an ordinary weight gradient.
     """
+    _check(inputs, gradients, segments, samples, impl, weights=(weights, "S", FLOATING))
     return _linear_norms_and_gradient(inputs, gradients, segments, samples, weights, dtype or inputs.dtype, impl)
+
+
+def _check(inputs, gradients, segments, samples, impl, **others):
+    tensors = {"inputs": (inputs, "Nd", FLOATING), "gradients": (gradients, "Np", (inputs.dtype,))}
+    check(tensors | {"segments": (segments, "N", INTEGER)} | others, impl, samples)
 
 
 @torch.library.custom_op("fused_objectives::linear_norms", mutates_args=())
@@ -90,6 +105,16 @@ def _linear_norms(
     method: str,
     impl: str,
 ) -> torch.Tensor:
+    return squared_norms(inputs, gradients, checked(segments, samples), samples, bias, longest, method, impl)
+
+
+@_linear_norms.register_fake
+def _(inputs, gradients, segments, samples, *_):
+    return inputs.new_empty(samples, dtype=torch.float32)
+
+
+def squared_norms(inputs, gradients, segments, samples, bias, longest, method, impl):
+    """The op within others, which have checked their arguments."""
     starts, ends = spans(segments, samples, impl)
     if method == "auto":
         d, p = inputs.shape[1], gradients.shape[1]
@@ -100,15 +125,10 @@ def _linear_norms(
         first, last = per_token(starts, segments), per_token(ends, segments)
         operands = (inputs, gradients) * 2
         sums = gram_row_sums(*operands, first, last, symmetric=True, bias=bias, impl=impl)
-        return sum_per_sample(sums, segments, samples, impl).clamp(min=0)
+        return span_sums(sums, segments, samples, impl).clamp(min=0)
     instantiate = _instantiate_triton if uses_triton(impl, inputs) else _instantiate_torch
     norms, _ = instantiate(inputs, gradients, starts, ends, None, gradient=False)
-    return norms + bias_norms(gradients, segments, samples, impl=impl) if bias else norms
-
-
-@_linear_norms.register_fake
-def _(inputs, gradients, segments, samples, *_):
-    return inputs.new_empty(samples, dtype=torch.float32)
+    return norms + squared_sums(gradients, segments, samples, impl) if bias else norms
 
 
 @torch.library.custom_op("fused_objectives::linear_norms_and_gradient", mutates_args=())
@@ -122,7 +142,8 @@ def _linear_norms_and_gradient(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     instantiate = _instantiate_triton if uses_triton(impl, inputs) else _instantiate_torch
-    norms, gradient = instantiate(inputs, gradients, *spans(segments, samples, impl), weights, gradient=True)
+    bounds = spans(checked(segments, samples), samples, impl)
+    norms, gradient = instantiate(inputs, gradients, *bounds, weights, gradient=True)
     return norms, gradient.to(dtype)
 
 

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 
 from fused_objectives.backend import Configuration, jit, tl, uses_triton
+from fused_objectives.checks import BOOL, INT64, check, layout
 from fused_objectives.draws import threshold, words
 from fused_objectives.philox import below, philox_words, stream_id
+from fused_objectives.segments import checked
 from fused_objectives.targets import IGNORED
 
 _BLOCK = 256
@@ -57,8 +59,8 @@ def mask_tokens(
     tokens and padding are neither chosen nor drawn.
 
     Args:
-        tokens, segments, positions: int64 of one shape, ``[N]`` or ``[rows, length]``: token ids; which of the S
-            samples, −1 padding; position within the sample.
+        tokens, segments, positions: int64 of one shape, ``[N]`` or ``[rows, length]``: token ids; which sample a token
+            belongs to (a sample's tokens are one contiguous run; −1 is padding); position within the sample.
         sample_ids, visits: ``[S]`` int64.
         seed, stream: key of the random numbers.
         is_ordinary: ``[V]`` bool, which tokens may be hidden.
@@ -75,8 +77,22 @@ def mask_tokens(
     Bytes: 24 read and 16 written a token. One Philox call a token, with units or spans one more for each span length.
 
     Raises:
-        ValueError: if a rate, share or span length is no probability, or there is no token to replace others with.
+        ValueError: if a rate, share or span length is no probability, or there is no token to replace others with; for
+            shapes, dtypes or segments that are not so.
     """
+    all_tokens = layout(tokens)
+    tensors = {
+        "tokens": (tokens, all_tokens, INT64),
+        "segments": (segments, all_tokens, INT64),
+        "positions": (positions, all_tokens, INT64),
+        "sample_ids": (sample_ids, "S", INT64),
+        "visits": (visits, "S", INT64),
+        "is_ordinary": (is_ordinary, "V", BOOL),
+        "ordinary_ids": (ordinary_ids, "n", INT64),
+        "eligible": (eligible, all_tokens, BOOL),
+        "units": (units, all_tokens, INT64),
+    }
+    check(tensors, impl)
     if random_share > 0 and len(ordinary_ids) == 0:
         raise ValueError("ordinary_ids: no token to replace others with")
     if min(span_lengths) < 0 or abs(sum(span_lengths) - 1) > 1e-6:
@@ -144,6 +160,7 @@ def _mask(
     reaches: Sequence[int],
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    segments = checked(segments, len(sample_ids))
     arguments = (tokens, segments, positions, sample_ids, visits, seed, stream, is_ordinary, ordinary_ids, mask_id)
     run = mask_triton if uses_triton(impl, tokens) else mask_torch
     return run(*arguments, thresholds, eligible, units, reaches)
@@ -249,6 +266,7 @@ def mask_triton(
         corrupted,
         labels,
         tokens.numel(),
+        len(sample_ids),
         len(ordinary_ids),
         spans,
         seed,
@@ -267,7 +285,7 @@ def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(numbers, device=device)
 
 
-_SCALARS = ["total", "ordinary", "spans", "seed", "stream", "mask_id", "start", "mask", "random"]
+_SCALARS = ["total", "samples", "ordinary", "spans", "seed", "stream", "mask_id", "start", "mask", "random"]
 
 
 @jit(do_not_specialize=_SCALARS)
@@ -285,6 +303,7 @@ def mask_kernel(
     corrupted_ptr,
     labels_ptr,
     total: tl.int64,
+    samples: tl.int64,
     ordinary: tl.int64,
     spans: tl.int64,
     seed: tl.int64,
@@ -305,7 +324,7 @@ def mask_kernel(
     here = places < total
     tokens = tl.load(tokens_ptr + places, mask=here, other=0)
     segments = tl.load(segments_ptr + places, mask=here, other=-1)
-    real = segments >= 0
+    real = (segments >= 0) & (segments < samples)
     positions = tl.load(positions_ptr + places, mask=real, other=0)
     chosen = real & tl.load(is_ordinary_ptr + tokens, mask=real, other=0).to(tl.int1)
     if eligible_ptr is not None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from fused_objectives.backend import Configuration, jit, tl, uses_triton
+from fused_objectives.checks import INT64, check, layout
 from fused_objectives.targets import IGNORED
 
 _BLOCK = 256
@@ -26,12 +27,24 @@ def replace_tokens(
     """Return ``sampled[slots]`` where there is one, the tokens elsewhere.
 
     Args:
-        tokens, segments, slots: int64 of one shape: token ids; which sample, −1 padding; index into ``sampled``, −1
-            where the token stays.
+        tokens, segments, slots: int64 of one shape, ``[N]`` or ``[rows, length]``: token ids; which sample a token
+            belongs to (a sample's tokens are one contiguous run; −1 is padding), of which only padding matters here;
+            index into ``sampled``, −1 where the token stays.
         sampled: ``[K]`` int64 token ids; −1 leaves the token as well.
 
     Bytes: 24 read and 16 written a token, and 8 a replaced one.
+
+    Raises:
+        ValueError: for shapes or dtypes that are not so.
     """
+    all_tokens = layout(tokens)
+    tensors = {
+        "tokens": (tokens, all_tokens, INT64),
+        "segments": (segments, all_tokens, INT64),
+        "slots": (slots, all_tokens, INT64),
+        "sampled": (sampled, "K", INT64),
+    }
+    check(tensors, impl)
     return Replaced(*_replace(tokens, segments, slots, sampled, impl))
 
 

@@ -2,16 +2,19 @@
 
 import torch
 
-from fused_objectives.backend import Configuration, jit, tl, uses_triton
-from fused_objectives.linear_norms import linear_norms
+from fused_objectives.backend import Configuration, jit, not_differentiable, tl, uses_triton
+from fused_objectives.checks import FLOATING, INTEGER, check
+from fused_objectives.linear_norms import squared_norms
 from fused_objectives.matmul import multiply
 from fused_objectives.philox import philox, philox_words, stream_id
+from fused_objectives.segments import checked
 
 _BLOCK = 64
 LARGEST = 128
 """Random bits of one Philox call, so the largest size of a sketch."""
 
 
+@not_differentiable
 def sketched_norms(
     inputs: torch.Tensor,
     gradients: torch.Tensor,
@@ -32,20 +35,23 @@ def sketched_norms(
     Args:
         inputs: ``[N, d]`` floating, the layer's inputs A.
         gradients: ``[N, p]`` of the same dtype, gradients G at its outputs.
-        segments: ``[N]`` integers, one contiguous run for each sample; −1 is padding, which must be finite.
+        segments: ``[N]`` integers, which sample a token belongs to; a sample's tokens are one contiguous run; −1 is
+            padding, which must be finite.
         samples: S.
         seed: the run's.
         stream: names the signs; a layer and a step should have their own.
         size: k, at most 128.
 
     Raises:
-        ValueError: for a size out of 1 .. 128.
+        ValueError: for a size out of 1 .. 128, and for shapes, dtypes or segments that are not so.
 
     2k(d + p + k) FLOPs a token, relative to the layer's forward and backward 2k/(3d) for d = p; reads the operands once
     and writes and reads 8k bytes a token.
     """
     if not 1 <= size <= LARGEST:
         raise ValueError(f"size: {size} is not in 1 .. {LARGEST}")
+    tensors = {"inputs": (inputs, "Nd", FLOATING), "gradients": (gradients, "Np", (inputs.dtype,))}
+    check(tensors | {"segments": (segments, "N", INTEGER)}, impl, samples)
     return _sketched_norms(inputs, gradients, segments, samples, seed, stream, size, impl)
 
 
@@ -60,12 +66,13 @@ def _sketched_norms(
     size: int,
     impl: str,
 ) -> torch.Tensor:
+    segments = checked(segments, samples)
     d, p = inputs.shape[1], gradients.shape[1]
     signs = _signs_triton if uses_triton(impl, inputs) else _signs_torch
     both = signs(d + p, size, seed, stream, inputs)
     short_inputs = multiply(inputs, both[:d])
     short_gradients = multiply(gradients, both[d:])
-    norms = linear_norms(short_inputs, short_gradients, segments, samples, method="instantiate", impl=impl)
+    norms = squared_norms(short_inputs, short_gradients, segments, samples, False, None, "instantiate", impl)
     return norms / size**2
 
 

@@ -50,7 +50,7 @@ def softmax_epilogue(
             ``gradient`` they are replaced by the gradient of weight·loss by them.
         bias: ``[V]`` contiguous float32, or None.
         labels: ``[n]`` contiguous int64. Rows of :data:`IGNORED` get loss, lse and gradient 0 and no token (−1); any
-            other label outside 0 .. V − 1 makes the loss NaN.
+            other label outside 0 .. V − 1 makes the loss and the gradient NaN.
         weights: ``[n]`` contiguous float32.
         losses, log_normalizers: ``[n]`` contiguous float32, written.
         sampling: whose noise perturbs z / temperature; the largest is the row's token. None samples nothing.
@@ -90,7 +90,7 @@ def _softmax_torch(scores, labels, weights, terms, gradients):
     lse = maximum[:, 0] + total.log()
     loss = total.log() - torch.lerp(at_label, mean, smoothing) + z_loss * lse.square()
     if gradients is not None:
-        weights = torch.where(is_target, weights, 0)
+        weights = torch.where(in_range, weights, torch.where(is_target, torch.nan, 0))
         exponentials *= (weights * (1 + 2 * z_loss * lse) / total)[:, None]
         if smoothing:
             exponentials -= (weights * (smoothing / vocabulary))[:, None]
@@ -225,7 +225,7 @@ def softmax_epilogue_kernel(
         tl.store(tokens_ptr + row, tl.where(is_target, best, -1).to(tl.int64))
 
     if GRADIENT:
-        weight = tl.load(weights_ptr + row)
+        weight = tl.where(in_range, tl.load(weights_ptr + row), float("nan"))
         scale = (1 + 2 * z_loss * lse) / total
         for start in range(0, vocabulary, BLOCK):
             columns = start + tl.arange(0, BLOCK)

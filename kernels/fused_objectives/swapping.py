@@ -5,8 +5,10 @@ from typing import NamedTuple
 import torch
 
 from fused_objectives.backend import Configuration, jit, tl, uses_triton
+from fused_objectives.checks import BOOL, INT64, check, layout
 from fused_objectives.draws import threshold, token_words, words
 from fused_objectives.philox import stream_id
+from fused_objectives.segments import checked
 from fused_objectives.targets import IGNORED
 
 _BLOCK, _TILE = 256, 32
@@ -42,8 +44,8 @@ def swap_tokens(
     the first. So no chosen place keeps its own token, unless it is the only one; but it may get an equal one.
 
     Args:
-        tokens, segments, positions: int64 of one shape: token ids; which of the S samples, −1 padding; position within
-            the sample. A sample's tokens are one contiguous run in the flattened order.
+        tokens, segments, positions: int64 of one shape, ``[N]`` or ``[rows, length]``: token ids; which sample a token
+            belongs to (a sample's tokens are one contiguous run; −1 is padding); position within the sample.
         sample_ids, visits: ``[S]`` int64.
         seed, stream: key of the random numbers.
         is_ordinary: ``[V]`` bool, which tokens may be moved.
@@ -54,8 +56,19 @@ def swap_tokens(
     c² comparisons.
 
     Raises:
-        ValueError: if the rate is no probability.
+        ValueError: if the rate is no probability, and for shapes, dtypes or segments that are not so.
     """
+    all_tokens = layout(tokens)
+    tensors = {
+        "tokens": (tokens, all_tokens, INT64),
+        "segments": (segments, all_tokens, INT64),
+        "positions": (positions, all_tokens, INT64),
+        "sample_ids": (sample_ids, "S", INT64),
+        "visits": (visits, "S", INT64),
+        "is_ordinary": (is_ordinary, "V", BOOL),
+        "eligible": (eligible, all_tokens, BOOL),
+    }
+    check(tensors, impl)
     chances = threshold(rate), seed & 0xFFFFFFFF, stream
     return Swapped(*_swap(tokens, segments, positions, sample_ids, visits, *chances, is_ordinary, eligible, impl))
 
@@ -74,6 +87,7 @@ def _swap(
     eligible: torch.Tensor | None,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    segments = checked(segments, len(sample_ids))
     run = swap_triton if uses_triton(impl, tokens) else swap_torch
     return run(tokens, segments, positions, sample_ids, visits, below, seed, stream, is_ordinary, eligible)
 
@@ -132,6 +146,7 @@ def swap_triton(
         swapped,
         labels,
         tokens.numel(),
+        len(sample_ids),
         below,
         seed,
         stream_id(stream),
@@ -142,7 +157,7 @@ def swap_triton(
     return swapped, labels
 
 
-_SCALARS = ["total", "below", "seed", "stream"]
+_SCALARS = ["total", "samples", "below", "seed", "stream"]
 
 
 @jit(do_not_specialize=_SCALARS)
@@ -158,6 +173,7 @@ def swap_kernel(
     swapped_ptr,
     labels_ptr,
     total: tl.int64,
+    samples: tl.int64,
     below: tl.int64,
     seed: tl.int64,
     stream: tl.int64,
@@ -175,11 +191,12 @@ def swap_kernel(
     NONE: tl.constexpr = 2**63 - 1
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     owners = tl.load(segments_ptr + here, mask=here < total, other=-1)
-    padding = (here < total) & (owners < 0)
+    real = (owners >= 0) & (owners < samples)
+    padding = (here < total) & (real == 0)
     tl.store(swapped_ptr + here, tl.load(tokens_ptr + here, mask=padding), mask=padding)
     tl.store(labels_ptr + here, tl.full([BLOCK], IGNORED, tl.int64), mask=padding)
 
-    begins = (owners >= 0) & (owners != tl.load(segments_ptr + here - 1, mask=(here > 0) & (here < total), other=-1))
+    begins = real & (owners != tl.load(segments_ptr + here - 1, mask=(here > 0) & (here < total), other=-1))
     start = tl.min(tl.where(begins, here, NONE))
     while start != NONE:
         owner = tl.load(segments_ptr + start)

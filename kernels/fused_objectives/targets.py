@@ -63,6 +63,11 @@ def capacity_for(tokens: int, rate: float, together: int = 1, multiple: int = 12
         rate: probability of each.
         together: how many are chosen or left together at most, such as the tokens of a word; 1 if independently.
         multiple: the capacity is rounded up to one of it, and never above ``tokens``.
+
+    Raises:
+        ValueError: if the rate is no probability.
     """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate: {rate} is not within 0 and 1")
     spread = 8 * math.sqrt(tokens * rate * (1 - rate) * together)
     return min(tokens, math.ceil((tokens * rate + spread + 8 * together) / multiple) * multiple)

@@ -3,26 +3,34 @@
 import torch
 import torch.nn.functional as F
 
-from fused_objectives.backend import Configuration, jit, tl, uses_triton
-from fused_objectives.segments import runs, spans
+from fused_objectives.backend import Configuration, jit, not_differentiable, tl, uses_triton
+from fused_objectives.checks import FLOATING, INTEGER, check
+from fused_objectives.segments import checked, runs, spans
 
 _SUMS = {"ROWS": 32, "COLUMNS": 64}
 _STATISTICS = {"ROWS": 8, "COLUMNS": 256}
 
 
+@not_differentiable
 def bias_norms(gradients: torch.Tensor, segments: torch.Tensor, samples: int, *, impl: str = "auto") -> torch.Tensor:
     """Return each sample's squared gradient norm of a bias, ‖Σ_t g_t‖², ``[S]`` float32. Not differentiable.
 
     Args:
         gradients: ``[N, p]`` floating, gradients at the layer's outputs.
-        segments: ``[N]`` integers, one contiguous run for each sample; −1 is padding, which may hold anything.
+        segments: ``[N]`` integers, which sample a token belongs to; a sample's tokens are one contiguous run; −1 is
+            padding, which may hold anything.
         samples: S.
+
+    Raises:
+        ValueError: for shapes, dtypes or segments that are not so.
 
     Np FLOPs; reads the gradients once.
     """
+    check({"gradients": (gradients, "Np", FLOATING), "segments": (segments, "N", INTEGER)}, impl, samples)
     return _bias_norms(gradients, segments, samples, impl)
 
 
+@not_differentiable
 def layer_norm_norms(
     gradients: torch.Tensor,
     inputs: torch.Tensor,
@@ -40,30 +48,41 @@ def layer_norm_norms(
     Args:
         gradients: ``[N, p]`` floating, gradients at the outputs.
         inputs: ``[N, p]`` floating, as they came: x̂ = (x − mean) / √(variance + eps) is computed anew in float32.
-        segments: ``[N]`` integers, one contiguous run for each sample; −1 is padding, which may hold anything.
+        segments: ``[N]`` integers, which sample a token belongs to; a sample's tokens are one contiguous run; −1 is
+            padding, which may hold anything.
         samples: S.
         eps: as in the layer.
         rms: x̂ = x / √(mean of squares + eps), as in RMSNorm (arXiv 1910.07467).
         shift: the layer has one.
 
+    Raises:
+        ValueError: for shapes, dtypes or segments that are not so.
+
     About 10Np FLOPs; reads the gradients once and the inputs twice.
     """
+    tensors = {"gradients": (gradients, "Np", FLOATING), "inputs": (inputs, "Np", FLOATING)}
+    check(tensors | {"segments": (segments, "N", INTEGER)}, impl, samples)
     return _layer_norm_norms(gradients, inputs, segments, samples, eps, rms, shift, impl)
 
 
 @torch.library.custom_op("fused_objectives::bias_norms", mutates_args=())
 def _bias_norms(gradients: torch.Tensor, segments: torch.Tensor, samples: int, impl: str) -> torch.Tensor:
+    return squared_sums(gradients, checked(segments, samples), samples, impl)
+
+
+@_bias_norms.register_fake
+def _(gradients, segments, samples, impl):
+    return gradients.new_empty(samples, dtype=torch.float32)
+
+
+def squared_sums(gradients: torch.Tensor, segments: torch.Tensor, samples: int, impl: str) -> torch.Tensor:
+    """The op within others, which have checked their arguments."""
     if uses_triton(impl, gradients):
         return _norms_triton(gradients, None, None, segments, samples, True)
     sums = gradients.new_zeros(samples, gradients.shape[1], dtype=torch.float32)
     for sample, rows in runs(segments, gradients):
         torch.sum(rows, 0, dtype=torch.float32, out=sums[sample])
     return sums.square().sum(1)
-
-
-@_bias_norms.register_fake
-def _(gradients, segments, samples, impl):
-    return gradients.new_empty(samples, dtype=torch.float32)
 
 
 @torch.library.custom_op("fused_objectives::layer_norm_norms", mutates_args=())
@@ -77,6 +96,7 @@ def _layer_norm_norms(
     shift: bool,
     impl: str,
 ) -> torch.Tensor:
+    segments = checked(segments, samples)
     if uses_triton(impl, gradients):
         return _norms_triton(gradients, inputs, _statistics_triton(inputs, eps, rms), segments, samples, shift)
     normalise = F.rms_norm if rms else F.layer_norm

@@ -2,13 +2,15 @@
 
 import torch
 
-from fused_objectives.backend import Configuration, jit, tl, uses_triton
+from fused_objectives.backend import Configuration, jit, not_differentiable, tl, uses_triton
+from fused_objectives.checks import FLOATING, INTEGER, check
 from fused_objectives.matmul import multiply
-from fused_objectives.segments import per_token
+from fused_objectives.segments import checked, per_token
 
 _BLOCK = 1024
 
 
+@not_differentiable
 def weighted_gradient(
     inputs: torch.Tensor,
     gradients: torch.Tensor,
@@ -26,13 +28,19 @@ def weighted_gradient(
     Args:
         inputs: ``[N, d]`` floating, the layer's inputs.
         gradients: ``[N, p]`` of the same dtype, gradients of the samples' unweighted losses at the layer's outputs.
-        segments: ``[N]`` integers, which sample a row belongs to; −1 is padding.
+        segments: ``[N]`` integers, which sample a token belongs to; a sample's tokens are one contiguous run; −1 is
+            padding.
         weights: ``[S]`` floating. A row of weight 0 and padding are scaled to 0 whatever the operand holds there; the
             other operand must be finite.
         dtype: of dW; None takes the inputs'.
 
+    Raises:
+        ValueError: for shapes, dtypes or segments that are not so.
+
     2Npd FLOPs; the scaling reads and writes the narrower operand once.
     """
+    tensors = {"inputs": (inputs, "Nd", FLOATING), "gradients": (gradients, "Np", (inputs.dtype,))}
+    check(tensors | {"segments": (segments, "N", INTEGER), "weights": (weights, "S", FLOATING)}, impl)
     return _weighted_gradient(inputs, gradients, segments, weights, dtype or inputs.dtype, impl)
 
 
@@ -45,7 +53,7 @@ def _weighted_gradient(
     dtype: torch.dtype,
     impl: str,
 ) -> torch.Tensor:
-    row_weights = per_token(weights.float(), segments)
+    row_weights = per_token(weights.float(), checked(segments, len(weights)))
     scale = _scale_rows_triton if uses_triton(impl, inputs) else _scale_rows_torch
     if inputs.shape[1] < gradients.shape[1]:
         inputs = scale(inputs, row_weights)

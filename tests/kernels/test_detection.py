@@ -328,6 +328,26 @@ def test_shapes_that_disagree_are_refused_by_name():
             detection_loss(**arguments | {name: value})
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("label", [-1, 2, 2**40])
+def test_a_label_that_is_neither_0_nor_1_poisons_its_token_and_the_gradients(place, impl, label):
+    arguments = make(device=place.device, dtype=place.dtype)
+    for weights in (None, torch.zeros_like(arguments["token_weights"])):
+        arguments["token_weights"] = weights
+        expected = ours(arguments, impl)
+        token = int((arguments["labels"] == 1).nonzero()[-1])
+        sample = int(arguments["segments"][token])
+        labels = arguments["labels"].clone()
+        labels[token] = label
+        found = ours(arguments | {"labels": labels}, impl)
+        assert torch.equal(found["counts"], expected["counts"]) and torch.equal(found["logits"], expected["logits"])
+        assert found["total"].isnan()
+        assert found["per_token"].isnan().nonzero().tolist() == [[token]]
+        assert found["sums"].isnan().nonzero().tolist() == [[sample]]
+        assert found["hidden"].isnan().any(1).nonzero().tolist() == [[token]]
+        assert found["weight"].isnan().all() and found["bias"].isnan().all()
+
+
 def operands(arguments):
     names = ("hidden", "weight", "bias", "labels", "segments", "samples", "sample_weights", "token_weights")
     return tuple(arguments[name] for name in names)

@@ -362,7 +362,7 @@ def test_one_target_is_enough(place, impl):
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_room_for_more_targets_changes_nothing_and_for_fewer_poisons_the_total(place, impl):
+def test_room_for_more_targets_changes_nothing(place, impl):
     batch = make(place.device, place.dtype, vocabulary=53)
     hidden = batch.hidden.clone()
     hidden[(batch.targets == IGNORED) | (batch.segments < 0)] = torch.nan  # not even read into a product
@@ -375,7 +375,23 @@ def test_room_for_more_targets_changes_nothing_and_for_fewer_poisons_the_total(p
         output, others = ours(batch, capacity=capacity, **options)
         for mine, theirs in zip((*output, *others), (*expected, *gradients), strict=True):
             assert_same(mine, theirs, place.dtype)
-    assert ours(batch, capacity=count - 1, **options)[0].total.isnan()
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("missing", [1, 20])
+def test_without_room_for_all_targets_sums_norms_and_gradients_are_nan_and_counts_exact(place, impl, missing):
+    batch = make(place.device, place.dtype, vocabulary=53)
+    counts = batch.run(impl=impl).counts
+    for capacity in (int(counts.sum()) - missing, 0):
+        output, gradients = ours(batch, capacity=capacity, squared_norms=True, chunk_rows=9, impl=impl)
+        assert torch.equal(output.counts, counts)
+        for values in (output.total, output.sums, output.squared_norms, *gradients[1:]):
+            assert values.isnan().all()
+        assert gradients[0].isnan().any()
+        options = {"capacity": capacity, "impl": impl}
+        alone = batch.run(linear_cross_entropy_gradients, weight_gradient=False, **options)[0]
+        assert torch.equal(alone.isnan(), gradients[0].isnan())
+        assert all(x.isnan().all() for x in batch.run(linear_cross_entropy_gradients, **options)[1:])
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -390,13 +406,19 @@ def test_how_many_rows_a_chunk_has_does_not_matter(place, impl):
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("label", [-1, 53, 2**40])
-def test_a_label_outside_the_vocabulary_poisons_the_total_and_reads_no_memory(place, impl, label):
+@pytest.mark.parametrize("terms", [PLAIN, EVERYTHING])
+def test_a_label_outside_the_vocabulary_poisons_its_sample_and_the_gradients(place, impl, label, terms):
     batch = make(place.device, place.dtype, vocabulary=53)
     targets = batch.targets.clone()
-    targets[20] = label
-    output, gradients = ours(batch._replace(targets=targets), impl=impl)
+    targets[20] = label  # weighs 0, which does not hide it
+    output, gradients = ours(batch._replace(targets=targets), squared_norms=True, impl=impl, **terms)
     assert output.total.isnan() and output.per_token.isnan().nonzero().tolist() == [[20]]
-    assert all(x.isfinite().all() for x in gradients)
+    for values in (output.sums, output.squared_norms):
+        assert values.isnan().tolist() == [False, False, True, False, False]
+    counted = (targets != IGNORED) & (batch.segments == torch.arange(5, device=place.device)[:, None])
+    assert torch.equal(output.counts, counted.sum(1))
+    assert gradients[0].isnan().any(1).nonzero().tolist() == [[20]]
+    assert all(x.isnan().all() for x in gradients[1:])
 
 
 def test_under_autocast_products_are_of_its_dtype_and_gradients_of_the_parameters(place):
@@ -476,8 +498,12 @@ def test_numbers_without_meaning_are_refused(wrong, message):
 
 def test_tensors_that_do_not_fit_are_refused():
     batch = make()
-    for wrong in ({"segments": batch.segments[1:]}, {"hidden": batch.hidden[:, 1:]}, {"weight": batch.weight.double()}):
-        with pytest.raises(ValueError, match="hidden"):
+    for wrong, message in (
+        ({"segments": batch.segments[1:]}, r"^segments: \[47\] is not \[N\], with S = 5, N = 48"),
+        ({"hidden": batch.hidden[:, 1:]}, r"^weight: \[1013, 20\] is not \[V, d\], with S = 5, N = 48, d = 19"),
+        ({"weight": batch.weight.double()}, r"^hidden is torch\.float32, weight torch\.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
             batch._replace(**wrong).run()
 
 

@@ -48,5 +48,11 @@ def test_a_capacity_suffices_but_for_one_time_in_10_to_the_12(tokens, rate):
     assert capacity == tokens or capacity % 128 == 0
 
 
+@pytest.mark.parametrize("rate", [15, -0.1, float("nan")])
+def test_a_rate_that_is_no_probability_is_refused(rate):
+    with pytest.raises(ValueError, match=f"^rate: {rate} is not within 0 and 1$"):
+        capacity_for(100, rate)
+
+
 def test_a_large_batchs_capacity_is_hardly_more_than_its_expected_targets():
     assert capacity_for(65536, 0.15) / (65536 * 0.15) < 1.1
