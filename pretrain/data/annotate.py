@@ -1,8 +1,12 @@
-"""``medley annotate``: annotations of a corpus that is prepared already, made of the text its tokens stand for."""
+"""``medley annotate``: annotations of a corpus that is prepared already, made of the text its tokens stand for.
+
+What else makes annotations of a store's samples, such as a learnt policy, uses :func:`annotate_stores` too.
+"""
 
 import argparse
 import errno
 import hashlib
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +20,19 @@ from tqdm import tqdm
 from pretrain.data.alignment import Detokenizer, numbered_spans, sample_units
 from pretrain.data.annotation_writer import AnnotationWriter
 from pretrain.data.annotations import folder_of
-from pretrain.data.annotators import Annotator, annotators
+from pretrain.data.annotators import ANNOTATIONS, Annotator, annotators
 from pretrain.data.pool import cores, in_order
 from pretrain.data.store import Store
 from pretrain.data.tokenization import barred_ids, load_tokenizer
-from pretrain.errors import UserError
+from pretrain.errors import UserError, unknown
 
 BATCH_TOKENS = 1 << 16  # handed to a worker at once
 SPLITS = ("train", "heldout")
+LEARNED = "learned"
+_OPTIONS_OF_LEARNED = ("model", "top_k", "max_span", "called")
+
+UnitSource = Callable[[Store, int], Iterator[tuple[np.ndarray, np.ndarray]]]
+"""(store, first sample) → (units, lengths) of all samples from there on, in parts that a writer takes."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,7 @@ def annotate(
         overwrite: replace the annotation, if the stores have it.
 
     Returns:
-        The summary: ``splits`` {split: counts of samples, tokens, units, samples_without}; ``tokens`` annotated in
-        this call, ``seconds``.
+        The summary of :func:`annotate_stores`.
 
     Raises:
         UserError: for whatever the user can mend.
@@ -84,12 +92,10 @@ def annotate(
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     (annotator,) = annotators([name], spacy, "NAME")
-    stores = _stores(corpus)
+    stores = prepared_stores(corpus)
     tokenizer_file, barred = _tokenizer(corpus / "tokenizer", stores["train"])
     made_by = annotator.made_by("decoded")
-    todo = {split: store for split, store in stores.items() if overwrite or not _is_there(store, name)}
-    if not todo:
-        raise UserError(f"{folder_of(stores['train'], name)}: exists already; give --overwrite to make it again")
+    todo = lacking(stores, name, overwrite)
     if annotator.misses:
         _say(annotator.misses)
     if _folds_case(tokenizer_file):
@@ -97,19 +103,42 @@ def annotate(
             "the tokenizer folds case: names cannot be told by their capitals; "
             f"'medley prepare --annotate {name}' reads the text itself, capitals and all"
         )
+
+    def units(store: Store, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        maker = UnitMaker(store.folder, tokenizer_file, barred, annotator)
+        left = int(store.lengths[first:].sum())
+        return in_order(maker.start, chunks(store, first), min(workers or cores(), max(1, left // BATCH_TOKENS)))
+
+    return annotate_stores(todo, name, annotator.kind, made_by, units)
+
+
+def annotate_stores(stores: dict[str, Store], name: str, kind: str, made_by: dict, units: UnitSource) -> dict:
+    """Write an annotation of stores of one corpus, all of them or none; an interrupted one goes on where it stopped.
+
+    Args:
+        stores: by split.
+        name, kind, made_by: of the annotation, see :class:`AnnotationWriter`.
+        units: gives the units.
+
+    Returns:
+        The summary: ``splits`` {split: counts of samples, tokens, units, samples_without}; ``tokens`` annotated in
+        this call, ``seconds``.
+
+    Raises:
+        UserError: if the folders cannot be written, or another run is writing there.
+    """
     began, done, writers = time.monotonic(), 0, {}
     try:
-        for split, store in todo.items():
-            writers[split] = AnnotationWriter(folder_of(store, name), annotator.kind, made_by, store.fingerprint)
+        for split, store in stores.items():
+            writers[split] = AnnotationWriter(folder_of(store, name), kind, made_by, store.fingerprint)
             done -= writers[split].tokens
-            maker = UnitMaker(store.folder, tokenizer_file, barred, annotator)
-            _write_units(store, maker, writers[split], workers or cores(), split)
+            _write_units(store, units, writers[split], split)
             done += writers[split].tokens
         for writer in writers.values():
             writer.publish()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise UserError(f"{corpus}: cannot be written ({error.strerror})") from None
+            raise UserError(f"{store.folder.parent}: cannot be written ({error.strerror})") from None
         raise
     finally:
         for writer in writers.values():
@@ -122,7 +151,8 @@ def annotate(
     }
 
 
-def _stores(corpus: Path) -> dict[str, Store]:
+def prepared_stores(corpus: Path) -> dict[str, Store]:
+    """Return split → store of a prepared corpus."""
     if not (corpus / "train" / "meta.json").is_file():
         parent = corpus.resolve().parent
         hint = f"; did you mean {parent}?" if (parent / "train" / "meta.json").is_file() else ""
@@ -143,9 +173,20 @@ def _tokenizer(folder: Path, store: Store) -> tuple[str, frozenset[int]]:
     return str(file), frozenset(barred_ids(load_tokenizer(folder)))
 
 
-def _is_there(store: Store, name: str) -> bool:
-    """Whether a store has the annotation, whatever made it."""
-    return (folder_of(store, name) / "meta.json").is_file()
+def lacking(stores: dict[str, Store], name: str, overwrite: bool) -> dict[str, Store]:
+    """Return the stores without an annotation of this name, whatever made it, or all of them if it may be overwritten.
+
+    Raises:
+        UserError: if there is none.
+    """
+    todo = {
+        split: store
+        for split, store in stores.items()
+        if overwrite or not (folder_of(store, name) / "meta.json").is_file()
+    }
+    if not todo:
+        raise UserError(f"{folder_of(stores['train'], name)}: exists already; give --overwrite to make it again")
+    return todo
 
 
 def _folds_case(tokenizer_file: str) -> bool:
@@ -153,11 +194,10 @@ def _folds_case(tokenizer_file: str) -> bool:
     return normalizer is not None and normalizer.normalize_str("A") == "a"
 
 
-def _write_units(store: Store, maker: UnitMaker, writer: AnnotationWriter, workers: int, split: str) -> None:
+def _write_units(store: Store, source: UnitSource, writer: AnnotationWriter, split: str) -> None:
     """Annotate what is left of one store, showing how far it is; however it ends, what is done is saved."""
     if writer.samples:
         _say(f"{split}: going on after {writer.samples:,} of {len(store):,} samples")
-    workers = min(workers, max(1, int(store.meta["tokens"] - writer.tokens) // BATCH_TOKENS))
     try:
         with tqdm(
             total=int(store.meta["tokens"]),
@@ -167,7 +207,7 @@ def _write_units(store: Store, maker: UnitMaker, writer: AnnotationWriter, worke
             disable=None,
             desc=f"annotating {split}",
         ) as bar:
-            for units, lengths in in_order(maker.start, _batches(store, writer.samples), workers):
+            for units, lengths in source(store, writer.samples):
                 writer.append(units, lengths)
                 bar.update(len(units))
     except BaseException:
@@ -179,7 +219,7 @@ def _write_units(store: Store, maker: UnitMaker, writer: AnnotationWriter, worke
     writer.finish()
 
 
-def _batches(store: Store, first: int) -> Iterator[tuple[int, int]]:
+def chunks(store: Store, first: int) -> Iterator[tuple[int, int]]:
     """Yield (first sample, one behind the last) of about ``BATCH_TOKENS`` each."""
     while first < len(store):
         ends = store.offsets[first : first + BATCH_TOKENS] + store.lengths[first : first + BATCH_TOKENS]
@@ -195,15 +235,37 @@ def _say(line: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``medley annotate``."""
     parser.add_argument("corpus", metavar="CORPUS", help="folder that medley prepare wrote")
-    parser.add_argument("name", metavar="NAME", help="salient (names, dates, numbers) or pos (parts of speech)")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help="salient (names, dates, numbers), pos (parts of speech), or learned (spans that a model chooses)",
+    )
     parser.add_argument("--spacy", metavar="MODEL", help="use a spaCy model (default: rules)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core); same result")
     parser.add_argument("--overwrite", action="store_true", help="replace an annotation of this name")
+    add = parser.add_argument_group("learned").add_argument
+    add("--model", metavar="FOLDER", help="the extractor, from medley learn-mask")
+    add("--top-k", type=int, metavar="K", help="spans of a sample (default: the extractor's)")
+    add("--max-span", type=int, metavar="TOKENS", help="of a span (default: the extractor's)")
+    add("--name", dest="called", metavar="NAME", help="of the annotation (default: learned)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run ``medley annotate`` and print its summary."""
-    summary = annotate(args.corpus, args.name, args.spacy, args.workers, args.overwrite)
+    if args.name == LEARNED:
+        for option in ("spacy", "workers"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option} is for annotations of text; leave it out")
+        # by name, because learning stands on this floor
+        summary = importlib.import_module("pretrain.masking.learning.annotate").annotate_with(args)
+    else:
+        for option in _OPTIONS_OF_LEARNED:
+            if getattr(args, option) is not None:
+                told = "name" if option == "called" else option.replace("_", "-")
+                raise UserError(f"--{told} goes with '{LEARNED}', not with '{args.name}'")
+        if args.name not in ANNOTATIONS:
+            raise unknown("annotation", args.name, [*ANNOTATIONS, LEARNED], "NAME")
+        summary = annotate(args.corpus, args.name, args.spacy, args.workers, args.overwrite)
     print(f"{'':9}{'samples':>14}{'tokens':>16}{'units':>14}{'without one':>14}")
     for split, counts in summary["splits"].items():
         samples, tokens, units, without = counts.values()

@@ -37,7 +37,7 @@ class Annotation:
     def __init__(self, store: Store, name: str, kind: str):
         self.name, self.folder = name, folder_of(store, name)
         corpus = store.folder.parent
-        again = f"make it with 'medley annotate {corpus} {name}'"
+        again = f"make it with 'medley annotate {corpus} {name}{' --model FOLDER' * (name == 'learned')}'"
         if not (self.folder / "meta.json").is_file():
             others = sorted(path.name for path in self.folder.parent.glob("*") if (path / "meta.json").is_file())
             match = nearest(name, others)
