@@ -64,7 +64,10 @@ def test_samples_that_lose_all_their_tokens_have_no_loss_and_disturb_no_other():
     found, labels = samples_of(view.batch), labels_of(view.batch, view.labels)
     gone = [number for number, tokens in enumerate(found) if not tokens]
     assert 2 <= len(gone) < 12
-    sums = model.objectives["dtd"].loss(model, view)["dtd"].sums.tolist()
+    total, sums = model.objectives["dtd"].loss(model, view)["dtd"]
+    total.backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    sums = sums.tolist()
     left = [number for number in range(len(found)) if number not in gone]
     expected = detection_sums(model, "dtd_detection", [found[i] for i in left], [labels[i] for i in left])
     assert [sums[i] for i in left] == pytest.approx(expected, rel=1e-4)

@@ -104,6 +104,7 @@ def test_rows_keep_their_length_over_the_run_while_the_rate_changes():
     batch = padded(random_samples([60] * 10))
     views = [objective.corrupt(batch, progress) for progress in (0.0, 1.0)]
     assert views[0].tokens.shape == views[1].tokens.shape
+    assert objective.row_length(60) == model_with("itd", rate=0.5).objectives["itd"].row_length(60)
     assert views[0].tallies["itd/positives"] > 3 * views[1].tallies["itd/positives"] > 0
 
 
@@ -137,9 +138,11 @@ def test_a_borrowed_generator_is_not_trained():
     model = with_generator()
     assert list(model.heads) == ["itd_detection", "detection", "generator"]
     assert model.trained_by(["itd"]) == {"backbone", "head/itd_detection"}
-    rows = rows_of_samples(6)
+    rows, kept = rows_of_samples(6), []
+    model.heads["generator"].register_forward_hook(lambda *_: kept.append(torch.is_grad_enabled()))
     view = model.objectives["itd"].corrupt(numbered(rows, ids_of(rows)), 0.0)
     model({"itd": view}, {"itd": 1.0})[0].backward()
+    assert kept == [False]  # activations that no backward pass needs
     assert all(parameter.grad is None for parameter in model.heads["generator"].parameters())
     assert all(parameter.grad is not None for parameter in model.heads["itd_detection"].parameters())
 
