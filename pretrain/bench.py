@@ -12,16 +12,24 @@ SCRIPT = Path(__file__).resolve().parents[1] / "kernels" / "benchmarks" / "run.p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``kernels/benchmarks/run.py``.
+    """Declare the arguments of the command, which are those of ``kernels/benchmarks/run.py``."""
+    add = parser.add_argument
+    add("ops", nargs="*", metavar="op", help="what to measure (default: all; --list names them)")
+    add("--list", action="store_true", help="list the ops and the functions that each measures")
+    add("--quick", action="store_true", help="one shape an op, few repetitions")
+    add("--full", action="store_true", help="on a CPU, the same sizes as on a GPU (slow, many GiB)")
+    add("--providers", metavar="WORD,...", help="only those whose name has one of these words")
+    add("--csv", metavar="FILE", help="append results there (default: kernels/benchmarks/results/<device>.csv)")
+    add("--plots", metavar="FOLDER", help="draw a figure for every op measured at several shapes")
+    add("--redraw", action="store_true", help="measure nothing: draw the figures of the last results in the file")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the benchmarks.
 
     Raises:
         UserError: if there is no checkout around the package.
     """
-    _script().add_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Run the benchmarks."""
     _script().run(args)
 
 

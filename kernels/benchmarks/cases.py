@@ -38,7 +38,7 @@ class Provider:
     gpu_only: bool = False
     """Left out on a CPU, where it would be the same as another one or means nothing."""
     in_graph: bool = True
-    """False for what makes the host wait, which no CUDA graph can hold, or does not run on the GPU."""
+    """False for what makes the host wait at some shape, which no CUDA graph can hold, or does not run on the GPU."""
     works: bool = True
     """False for what does nothing of the op's work, so that it has no rates."""
 
@@ -159,6 +159,15 @@ def empty_launch(inputs: SimpleNamespace, mode: str) -> Step:
     if reason:
         raise NotHere(reason)
     return lambda: _nothing_kernel[(1,)]()
+
+
+def twin(prepare: Callable[[SimpleNamespace, str], Step | None], waits: bool) -> Provider:
+    """Return the plain-torch twin of one of our ops, to be measured on a GPU beside the kernel.
+
+    Args:
+        waits: it makes the host wait at some shape.
+    """
+    return Provider("medley, impl=torch", prepare, gpu_only=True, in_graph=not waits)
 
 
 EMPTY_LAUNCH = Provider("empty launch", empty_launch, gpu_only=True, works=False)

@@ -17,6 +17,7 @@ from cases import (
     compiled,
     generator,
     layout,
+    twin,
 )
 
 VOCABULARY = 30522
@@ -190,9 +191,9 @@ def replace_with_compile(inputs: SimpleNamespace, mode: str) -> Step:
     return lambda: replace(inputs.tokens, inputs.segments, inputs.slots, inputs.sampled)
 
 
-def both(prepare) -> tuple[Provider, Provider]:
+def both(prepare, waits: bool = True) -> tuple[Provider, Provider]:
     """Return our op as it is used, and on a GPU its plain-torch twin there."""
-    return Provider("medley", prepare("auto")), Provider("medley, impl=torch", prepare("torch"), gpu_only=True)
+    return Provider("medley", prepare("auto")), twin(prepare("torch"), waits)
 
 
 def moved(arrays: int):
@@ -266,7 +267,7 @@ BENCHMARKS = [
         replacing_inputs,
         moved(5),
         [
-            *both(replace_with),
+            *both(replace_with, waits=False),
             Provider("torch", replace_with_torch),
             Provider("torch.compile", replace_with_compile),
             EMPTY_LAUNCH,

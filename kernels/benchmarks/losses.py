@@ -21,6 +21,7 @@ from cases import (
     generator,
     layout,
     normal,
+    twin,
 )
 
 NORMS = "forward+backward+norms"
@@ -306,7 +307,7 @@ BENCHMARKS = [
         head_work,
         [
             Provider("medley", head_with("auto")),
-            Provider("medley, impl=torch", head_with("torch"), gpu_only=True),
+            twin(head_with("torch"), waits=True),
             Provider("medley, gradients anew", head_anew),
             Provider("torch", head_with_torch),
             Provider("torch, target rows", head_of_places_with_torch),
@@ -342,7 +343,7 @@ BENCHMARKS = [
         head_work,
         [
             Provider("medley", sample_with("auto")),
-            Provider("medley, impl=torch", sample_with("torch"), gpu_only=True),
+            twin(sample_with("torch"), waits=False),
             Provider("torch, target rows", sample_with_torch),
             Provider("torch.compile, target rows", sample_with_compile),
             Provider(GEMMS, head_gemms),
@@ -358,7 +359,7 @@ BENCHMARKS = [
         detection_work,
         [
             Provider("medley", detect_with("auto")),
-            Provider("medley, impl=torch", detect_with("torch"), gpu_only=True),
+            twin(detect_with("torch"), waits=False),
             Provider("torch", detect_with_torch),
             Provider("torch.compile", detect_with_compile),
         ],

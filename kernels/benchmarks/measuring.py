@@ -38,6 +38,9 @@ class Meter:
     def records(self, benchmark: Benchmark) -> Iterator[Record]:
         """Measure an op and print a table for every shape and mode."""
         self._told = set()
+        providers = list(filter(self._takes, benchmark.providers))
+        if not providers:
+            return
         for shape in benchmark.shapes(self.scale):
             try:
                 inputs = benchmark.inputs(self.clock.device, self.floors.dtype, **shape)
@@ -47,7 +50,7 @@ class Meter:
             for mode in benchmark.modes:
                 print(f"\n{benchmark.name}  {text_of(shape)}  {mode}")
                 print(self._line("", HEADINGS), flush=True)
-                for provider in filter(self._takes, benchmark.providers):
+                for provider in providers:
                     metrics = self._measure(benchmark, provider, inputs, shape, mode)
                     for metric, values in metrics.items():
                         dtype = str(self.floors.dtype).removeprefix("torch.")
@@ -122,9 +125,10 @@ def _reason(error: Exception) -> str:
 def _cell(metric: str, values: tuple) -> str:
     low, middle, high = values
     if metric == TIME:
-        return f"{_short(middle)} ({_short(low)} to {_short(high)})"
-    return f"{100 * middle:.0f} %" if metric == FLOOR else _short(middle)
+        return f"{short(middle)} ({short(low)} to {short(high)})"
+    return f"{100 * middle:.0f} %" if metric == FLOOR else short(middle)
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """Return three digits of a number, or all before the point."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"

@@ -21,6 +21,7 @@ from cases import (
     generator,
     layout,
     normal,
+    twin,
 )
 
 EXACT, SKETCHED = "exact norms", "sketched norms"
@@ -337,7 +338,7 @@ def both(path: str, *arguments: str, **options) -> tuple[Provider, Provider]:
     """Return our op as it is used, and on a GPU its plain-torch twin there."""
     return (
         Provider("medley", ours(path, *arguments, impl="auto", **options)),
-        Provider("medley, impl=torch", ours(path, *arguments, impl="torch", **options), gpu_only=True),
+        twin(ours(path, *arguments, impl="torch", **options), waits=True),
     )
 
 
@@ -392,7 +393,7 @@ BENCHMARKS = [
         gemm_work,
         [
             Provider("medley", gradient_with_medley("auto")),
-            Provider("medley, impl=torch", gradient_with_medley("torch"), gpu_only=True),
+            twin(gradient_with_medley("torch"), waits=False),
             Provider("torch", gradient_with_torch),
             Provider("torch.compile", gradient_with_compile),
             Provider("its GEMM alone", gradient_gemm),
@@ -450,7 +451,7 @@ BENCHMARKS = [
         tied_work,
         [
             Provider("medley", tied_with("auto")),
-            Provider("medley, impl=torch", tied_with("torch"), gpu_only=True),
+            twin(tied_with("torch"), waits=True),
         ],
     ),
     Benchmark(
@@ -462,7 +463,7 @@ BENCHMARKS = [
         gram_work,
         [
             Provider("medley", gram_with("auto")),
-            Provider("medley, impl=torch", gram_with("torch"), gpu_only=True),
+            twin(gram_with("torch"), waits=True),
         ],
     ),
     Benchmark(
@@ -474,7 +475,7 @@ BENCHMARKS = [
         lambda shape, mode, size: Work(shape["tokens"], 12 * shape["tokens"]),
         [
             Provider("medley", sum_with("auto")),
-            Provider("medley, impl=torch", sum_with("torch"), gpu_only=True),
+            twin(sum_with("torch"), waits=False),
         ],
     ),
     Benchmark(
@@ -491,7 +492,7 @@ BENCHMARKS = [
         [
             Provider("torch", bert_with_torch),
             Provider("medley", bert_with_medley("auto")),
-            Provider("medley, impl=torch", bert_with_medley("torch"), gpu_only=True),
+            twin(bert_with_medley("torch"), waits=True),
             Provider("Opacus", bert_with_opacus),
         ],
         (TRAINING, EXACT, SKETCHED),

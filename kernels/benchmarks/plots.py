@@ -7,7 +7,7 @@ from cases import EMPTY_LAUNCH, FORWARD, TRAINING
 from losses import GEMMS
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from records import TIME, Record
+from records import TIME, Record, Run
 
 AXES = {
     "V": "vocabulary (entries)",
@@ -36,12 +36,8 @@ _DASHES = ("-", "--", ":", "-.")
 _MARKERS = "osD^v"
 
 
-def draw(records: Iterable[Record], folder: Path, device: str) -> Iterator[Path]:
-    """Draw what was measured at two or more values of a number; yield the PNG files.
-
-    Args:
-        device: name of the GPU or CPU, for the title.
-    """
+def draw(records: Iterable[Record], folder: Path, run: Run) -> Iterator[Path]:
+    """Draw what a run measured at two or more values of a number; yield the PNG files."""
     of_op: dict[str, list[Record]] = {}
     for record in records:
         if record.metric == TIME:
@@ -57,14 +53,14 @@ def draw(records: Iterable[Record], folder: Path, device: str) -> Iterator[Path]
             times = [record for record in times if record.mode == mode]
         panels = list(_panels(times))
         if panels:
-            folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{op}.png"
-            _figure(panels, f"{op}, {mode}, {times[0].dtype}\n{device}", path)
+            made = f"{run.date}, commit {run.commit or 'unknown'}, {run.versions}"
+            _figure(panels, f"{op}, {mode}, {times[0].dtype}\n{run.gpu}", made, path)
             yield path
 
 
-def _panels(times: list[Record]) -> Iterator[tuple[str, dict, dict[str, list[Record]]]]:
-    """Yield each number that varies, the others at which it does, and the times of each provider along it."""
+def _panels(times: list[Record]) -> Iterator[tuple[str, str, dict, dict[str, list[Record]]]]:
+    """Yield each number that varies, its label, the others at which it does, and each provider's times along it."""
     shapes = [_numbers(record.shape) for record in times]
     base = shapes[0]  # every op begins with it
     for axis in AXES:
@@ -76,18 +72,18 @@ def _panels(times: list[Record]) -> Iterator[tuple[str, dict, dict[str, list[Rec
             if axis in shape and fits and (not square or shape["p"] == shape["d"]):
                 lines.setdefault(record.provider, []).append(record)
         if len({record.shape for line in lines.values() for record in line}) > 1:
-            yield axis, fixed, lines
+            yield axis, "width (d and p vary together)" if square else AXES[axis], fixed, lines
 
 
 def _numbers(shape: str) -> dict[str, str]:
     return dict(word.split("=") for word in shape.split())
 
 
-def _figure(panels: list, title: str, path: Path) -> None:
+def _figure(panels: list, title: str, made: str, path: Path) -> None:
     figure = Figure(figsize=(2.6 + 3 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     styles: dict[str, dict] = {}
-    for (axis, fixed, lines), panel in zip(panels, axes[0], strict=True):
+    for (axis, label, fixed, lines), panel in zip(panels, axes[0], strict=True):
         ticks = set()
         for provider, records in lines.items():
             style = styles.setdefault(provider, _style(provider, styles))
@@ -107,7 +103,7 @@ def _figure(panels: list, title: str, path: Path) -> None:
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         panel.yaxis.set_minor_locator(NullLocator())
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        panel.set_xlabel(AXES[axis])
+        panel.set_xlabel(label)
         panel.set_title(" ".join(f"{name}={value}" for name, value in fixed.items()), fontsize=8)
         panel.grid(True, which="major", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -115,6 +111,7 @@ def _figure(panels: list, title: str, path: Path) -> None:
     handles = {line.get_label(): line for panel in axes[0] for line in panel.get_lines()}
     figure.legend(handles=list(handles.values()), loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.supxlabel(made, fontsize=5, x=0.01, ha="left", color="#666666")
     figure.savefig(path, dpi=110)
 
 

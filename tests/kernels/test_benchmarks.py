@@ -1,10 +1,12 @@
 """The command ``medley bench``, which is ``python kernels/benchmarks/run.py``."""
 
 import csv
+import dataclasses
 import importlib
 import inspect
 import math
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from pretrain.cli import main
 from tests.builders import one_thread  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "kernels.md"
 
 
 @pytest.fixture
@@ -31,6 +34,14 @@ def modules():
 def read(path: Path) -> list[dict]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Return the one line with which the command refuses its arguments before it measures anything."""
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("medley bench: error: ") and captured.err.count("\n") == 1
+    return captured.err.strip()
 
 
 def measure(path: Path, *arguments: str) -> list[dict]:
@@ -46,18 +57,19 @@ def test_a_run_appends_rows_that_say_what_was_measured_where_and_when(tmp_path, 
     assert {row["metric"] for row in rows} >= {"time_ms", "peak_mib", "gb_s", "floor_fraction"}
     for row in rows:
         assert row["mode"] == "forward" and row["shape"].startswith("tokens=") and row["gpu"] and row["date"]
-        assert f"torch={torch.__version__}" in row["versions"]
+        assert f"torch={torch.__version__}" in row["versions"] and "opacus=" in row["versions"]
+        assert row["quick"] == "yes"
         low, middle, high = (float(row[name] or "nan") for name in ("p20", "p50", "p80"))
         assert middle > 0 and not low > middle and not middle > high
     again = measure(path, "segment_sums", "--providers", "medley")
     assert again[: len(rows)] == rows and len(again) == 2 * len(rows)
     output = capsys.readouterr().out
-    assert "of the floor" in output and output.count("  not measured  ") == 2 * len(modules("goals").GOALS)
+    assert "of the floor" in output and "Goals" not in output  # they are a GPU's
 
 
 def test_a_missing_peer_is_named_and_the_run_goes_on(tmp_path, capsys, monkeypatch, modules):
     monkeypatch.setitem(sys.modules, "opacus.grad_sample.linear", None)
-    rows = measure(tmp_path / "cpu.csv", "linear_norms", "--providers", "Opacus", "gram")
+    rows = measure(tmp_path / "cpu.csv", "linear_norms", "--providers", "Opacus,gram")
     output = capsys.readouterr().out
     assert "Opacus is left out: ModuleNotFoundError: import of opacus.grad_sample.linear halted" in output
     assert {row["provider"] for row in rows} == {"medley, method=gram"}
@@ -91,26 +103,87 @@ def test_what_is_listed_exists(modules):
 
 
 def test_a_wrong_op_is_one_line_with_the_nearest_and_exit_code_two(tmp_path, capsys):
-    assert main(["bench", "detektion", "--csv", str(tmp_path / "cpu.csv")]) == 2
-    captured = capsys.readouterr()
-    assert captured.err == "medley bench: error: unknown op 'detektion'; did you mean 'detection'?\n"
+    line = refused(capsys, "detektion", "--csv", str(tmp_path / "cpu.csv"))
+    assert line == "medley bench: error: unknown op 'detektion'; did you mean 'detection'?"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_holds_no_results_is_refused_and_kept(tmp_path, capsys):
+def test_providers_are_one_argument_and_ops_may_follow_it(tmp_path):
+    rows = measure(tmp_path / "cpu.csv", "--providers", "MEDLEY, transformers", "mask")
+    assert {row["op"] for row in rows} == {"mask"}
+    assert {row["provider"] for row in rows} == {"medley", "transformers"}
+
+
+def test_a_provider_that_no_op_has_is_one_line(tmp_path, capsys):
+    path = str(tmp_path / "cpu.csv")
+    assert "unknown provider 'opakus'; did you mean 'Opacus'?" in refused(
+        capsys, "--providers", "opakus", "--csv", path
+    )
+    assert "unknown provider 'Opacus'; valid: medley, " in refused(capsys, "swap", "mask", "--providers", "Opacus")
+    assert "unknown provider ''" in refused(capsys, "swap", "--providers", "medley,")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", b"\x89PNG\r\n\x1a\n\0\0\xff\xfe", "a\0b\n", "\n"])
+def test_a_file_that_holds_no_results_is_refused_by_name_and_kept(tmp_path, capsys, content):
     path = tmp_path / "notes.csv"
-    path.write_text("a,b\n1,2\n")
-    assert main(["bench", "replace", "--csv", str(path)]) == 2
-    assert "is no file of results" in capsys.readouterr().err
-    assert path.read_text() == "a,b\n1,2\n"
+    content = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(content)
+    assert f"{path} is no file of results: " in refused(capsys, "replace", "--csv", str(path))
+    assert path.read_bytes() == content
 
 
-def test_without_a_checkout_it_says_so_in_one_line(capsys, monkeypatch, tmp_path):
+def test_a_file_that_cannot_be_written_is_noticed_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    reasons = {
+        str(tmp_path): "Is a directory",
+        str(tmp_path / "file" / "cpu.csv"): "its folder is none",
+        "/dev/full": "No space left on device",
+    }
+    for name, reason in reasons.items():
+        assert f"cannot add results to {name}: {reason}; " in refused(capsys, "replace", "--csv", name)
+    assert "--csv: the name is empty" in refused(capsys, "replace", "--csv", "")
+
+
+def test_a_folder_of_figures_that_cannot_be_is_noticed_before_anything_is_measured(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "plots"):
+        line = refused(capsys, "replace", "--csv", str(tmp_path / "cpu.csv"), "--plots", str(folder))
+        assert f"cannot draw into {folder}: it is no folder" in line
+    assert "--plots: the name is empty" in refused(capsys, "replace", "--plots", "")
+    assert "--quick measures one shape an op" in refused(capsys, "--quick", "--plots", str(tmp_path))
+    assert "add --plots FOLDER" in refused(capsys, "--redraw")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("command", ["medley bench", "run.py"])
+def test_ctrl_c_keeps_every_result_until_then_and_says_where(tmp_path, capsys, monkeypatch, modules, command):
+    def interrupt(inputs, mode):
+        raise KeyboardInterrupt
+
+    script = bench._script()
+    replace = script.load()["replace"]
+    ours = replace.providers[0]
+    stopped = dataclasses.replace(replace, providers=[ours, dataclasses.replace(ours, prepare=interrupt)])
+    monkeypatch.setattr(script, "load", lambda: {"replace": stopped})
+    path = tmp_path / "cpu.csv"
+    arguments = ["replace", "--quick", "--csv", str(path)]
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *arguments]) if command == "medley bench" else script.main(arguments)
+    kept = read(path)
+    assert stop.value.code == 130 and {row["provider"] for row in kept} == {"medley"}
+    assert capsys.readouterr().err == f"\ninterrupted; {len(kept)} results are kept in {path}\n"
+
+
+def test_without_a_checkout_it_says_so_in_one_line_but_has_a_help(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "SCRIPT", tmp_path / "run.py")
     monkeypatch.delitem(sys.modules, "medley_bench", raising=False)
-    assert main(["bench", "--list"]) == 2
-    captured = capsys.readouterr()
-    assert "medley bench: error: no benchmarks at" in captured.err and len(captured.err.splitlines()) == 1
+    assert "no benchmarks at" in refused(capsys, "--list")
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--help"])
+    assert stop.value.code == 0 and "--providers WORD,..." in capsys.readouterr().out
 
 
 def test_the_script_runs_from_a_checkout_that_is_not_installed(tmp_path):
@@ -188,7 +261,7 @@ def test_samples_fill_their_rows_and_begin_and_end_with_special_tokens(modules):
     assert torch.equal(inputs.segments.flatten(), torch.arange(4096) // 128)
 
 
-def test_goals_are_judged_by_their_bounds_and_need_a_gpu(modules):
+def test_goals_are_judged_by_their_bounds(modules):
     goals, records = modules("goals"), modules("records")
 
     def rows(medley, gemms):
@@ -202,10 +275,9 @@ def test_goals_are_judged_by_their_bounds_and_need_a_gpu(modules):
     def first(*arguments):
         return goals.judge(*arguments)[0]
 
-    assert first(rows(1.2, 1.0), "cuda").startswith("  met ") and first(rows(1.2, 1.0), "cuda").endswith("1.2")
-    assert first(rows(1.3, 1.0), "cuda").startswith("  not met ")
-    assert first(rows(1.2, 1.0), "cpu").startswith("  not measured ")
-    assert all(line.startswith("  not measured ") for line in goals.judge([], "cuda"))
+    assert first(rows(1.2, 1.0)).startswith("  met ") and first(rows(1.2, 1.0)).endswith("1.2")
+    assert first(rows(1.3, 1.0)).startswith("  not met ")
+    assert all(line.startswith("  not measured ") for line in goals.judge([]))
 
 
 def test_the_goals_look_up_what_a_run_measures(modules):
@@ -231,17 +303,144 @@ def test_the_goals_look_up_what_a_run_measures(modules):
         assert shape in [cases.text_of(each) for each in benchmark.shapes(cases.Scale(quick=True))]
 
 
-def test_figures_are_drawn_for_what_varies(tmp_path, modules):
-    pytest.importorskip("matplotlib")
-    plots, records = modules("plots"), modules("records")
-    rows = [
+def run_of(records, date: str, quick: bool = False):
+    return records.Run("CPU", "", "torch=2", "abc", date, "yes" if quick else "no")
+
+
+def results_of(records, ops: dict[str, tuple]) -> list:
+    """Return made-up times of two providers at several numbers of tokens."""
+    return [
         records.Record(op, provider, "forward", f"tokens={tokens} d=8", "float32", "time_ms", 0.9, tokens / 100, 50.0)
-        for op, several in (("detection", (100, 200)), ("swap", (100,)))
+        for op, several in ops.items()
         for provider in ("medley", "torch")
         for tokens in several
     ]
-    assert list(plots.draw(rows, tmp_path, "CPU")) == [tmp_path / "detection.png"]
+
+
+def test_figures_are_drawn_for_what_varies(tmp_path, modules):
+    pytest.importorskip("matplotlib")
+    plots, records = modules("plots"), modules("records")
+    rows = results_of(records, {"detection": (100, 200), "swap": (100,)})
+    assert list(plots.draw(rows, tmp_path, run_of(records, "2026-01-01"))) == [tmp_path / "detection.png"]
     assert (tmp_path / "detection.png").stat().st_size > 1000
+
+
+def test_a_figure_names_what_varies_together_and_the_run(tmp_path, modules):
+    pytest.importorskip("matplotlib")
+    plots, records = modules("plots"), modules("records")
+    rows = [
+        records.Record("gram", "medley", "forward", f"d={width} p={width}", "float32", "time_ms", 1.0, 2.0, 3.0)
+        for width in (8, 16)
+    ]
+    [(axis, label, fixed, _)] = plots._panels(rows)
+    assert (axis, fixed) == ("d", {}) and "d and p" in label
+
+
+def test_figures_are_drawn_again_from_the_last_run_of_each_op_in_a_file(tmp_path, capsys, modules):
+    pytest.importorskip("matplotlib")
+    records = modules("records")
+    path, folder = tmp_path / "cpu.csv", tmp_path / "plots"
+    records.start(path)
+    records.append(path, results_of(records, {"swap": (1, 2), "mask": (1, 2)}), run_of(records, "2026-01-01"))
+    records.append(path, results_of(records, {"swap": (7,)}), run_of(records, "2026-01-03", quick=True))
+    records.append(path, results_of(records, {"mask": (3, 4, 5)}), run_of(records, "2026-01-02"))
+    written = path.read_bytes()
+    last = records.last_runs(records.read(path))
+    assert {op: (run.date, len(rows)) for op, (run, rows) in last.items()} == {
+        "swap": ("2026-01-01", 4),
+        "mask": ("2026-01-02", 6),
+    }
+    assert main(["bench", "--redraw", "--csv", str(path), "--plots", str(folder)]) == 0
+    assert {figure.name for figure in folder.iterdir()} == {"swap.png", "mask.png"}
+    assert capsys.readouterr().out.count("drew ") == 2 and path.read_bytes() == written
+    assert "cannot read results from" in refused(
+        capsys, "--redraw", "--plots", str(folder), "--csv", str(tmp_path / "none.csv")
+    )
+
+
+def test_the_table_holds_ours_against_the_fastest_peer(tmp_path, modules, capsys):
+    table, records = modules("table"), modules("records")
+    path, document = tmp_path / "cpu.csv", tmp_path / "kernels.md"
+
+    def result(provider, tokens, time):
+        shape = f"tokens={tokens}"
+        return [
+            records.Record("detection", provider, "forward+backward", shape, "float32", metric, None, value, None)
+            for metric, value in (("time_ms", time), ("peak_mib", 20.0))
+        ]
+
+    rows = [
+        *result("medley", 8, 3.0),
+        *result("torch", 8, 2.0),
+        *result("Opacus", 8, 1.0),
+        *result("its GEMMs", 8, 0.5),
+    ]
+    rows += [*result("medley", 4, 3.0), *result("torch", 4, 6.0)]
+    records.start(path)
+    records.append(path, rows, run_of(records, "2026-01-01"))
+    expected = "| `detection`, forward+backward | 3 ms, 20 MiB | Opacus 1 ms, 20 MiB; torch 2 ms, 20 MiB | 0.5 ms | "
+    assert table.table(path).splitlines()[2] == expected + "**3 (0.5 to 3)** |"
+    document.write_text("before\n<!-- table of a file -->\nold\n<!-- end of the table -->\nbehind\n")
+    assert table.main([str(path), "--into", str(document)]) == 0
+    text = document.read_text()
+    assert text.startswith("before\n<!-- table of a file -->\n| op |") and text.endswith("\nbehind\n")
+    assert "old" not in text and table.table(path) in text
+    (tmp_path / "other.md").touch()
+    assert table.main([str(path), "--into", str(tmp_path / "other.md")]) == 2
+    assert "has no place for a table" in capsys.readouterr().err
+
+
+def test_the_documentation_has_the_table_of_the_committed_results(modules):
+    table = modules("table")
+    remedy = "run python kernels/benchmarks/table.py --into docs/kernels.md"
+    assert table.table(modules("records").RESULTS / "cpu.csv") in DOCUMENT.read_text(), remedy
+
+
+def test_the_documented_example_runs(capsys):
+    for example in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL):
+        exec(compile(example, str(DOCUMENT), "exec"), {})
+
+
+WAITING = ("tolist", "item", "nonzero", "unique", "unique_consecutive", "__int__", "__bool__", "__index__")
+
+
+@pytest.mark.parametrize("op", bench._script().load())
+def test_a_twin_stands_in_a_cuda_graph_unless_it_makes_the_host_wait(op, modules, monkeypatch):
+    """What would wait is called on a CPU just as well; and what is left out of graphs waits at one shape at least."""
+    from fused_objectives.targets import capacity_for
+
+    waited = []
+
+    def noted(function):
+        def note(*args, **options):
+            waited.append(function)
+            return function(*args, **options)
+
+        return note
+
+    for name in WAITING:
+        monkeypatch.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name)))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # for twins that count what a GPU's host must not
+    benchmark = bench._script().load()[op]
+    twins = [provider for provider in benchmark.providers if "impl=torch" in provider.name]
+    found = dict.fromkeys((provider.name for provider in twins), False)
+    policies = {shape.get("policy"): shape for shape in benchmark.shapes(modules("cases").Scale(full=False))}
+    for shape in policies.values():
+        small = (
+            shape
+            | {"tokens": 320, "length": 64}
+            | {name: 48 for name in ("d", "p", "V") if name in shape and op != "bert_layer"}
+        )
+        inputs = benchmark.inputs("cpu", torch.float32, **small)
+        inputs.capacity = capacity_for(320, 0.15)  # as on a GPU
+        for provider in twins:
+            for mode in benchmark.modes:
+                step = provider.prepare(inputs, mode)
+                del waited[:]
+                if step is not None:
+                    step()
+                found[provider.name] |= bool(waited)
+    assert found == {provider.name: not provider.in_graph for provider in twins}
 
 
 def test_quantiles_of_repetitions_are_in_order(modules):
