@@ -32,9 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         for name, (module, text) in COMMANDS.items():
             subparser = subparsers.add_parser(name, help=text, description=text)
             if name == chosen:  # importing only what runs keeps --help instant
-                command = importlib.import_module(module)
+                command, usage = importlib.import_module(module), subparser
                 command.add_arguments(subparser)
-        args = parser.parse_args(argv)  # exits where no command was chosen
+        args, unknown = parser.parse_known_args(argv)  # exits where no command was chosen
+        if unknown:
+            usage.error(f"unrecognized arguments: {' '.join(unknown)}")
         command.run(args)
     except UserError as error:
         print(f"medley {chosen}: error: {error}", file=sys.stderr)

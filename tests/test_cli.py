@@ -35,3 +35,11 @@ def test_an_unknown_command_is_exit_code_two(capsys):
         main(["prepar"])
     assert stop.value.code == 2
     assert "prepare" in capsys.readouterr().err
+
+
+def test_an_unknown_option_shows_the_usage_of_its_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--bogus"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: medley bench ") and error.endswith("unrecognized arguments: --bogus\n")
