@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import ElectraForPreTraining
@@ -174,6 +175,16 @@ def test_with_the_corpus_own_tokens_replacements_and_losses_are_those_of_a_loop(
     samples, labels = samples_of(replace(batch, tokens=expected)), labels_of(batch, view.labels)
     sums = objective.loss(model, view)["rtd/discriminator"].sums
     assert sums.tolist() == pytest.approx(detection_sums(model, "detection", samples, labels), rel=1e-4)
+
+
+def test_a_draw_that_hits_the_original_is_no_replacement():
+    only = replace(VOCABULARY, counts=np.arange(VOCABULARY.size) == 77)
+    sample = random_samples([40])[0]
+    sample[1:20] = 77
+    objective = model_with("rtd", vocabulary=only, source="unigram", masking={"rate": 1.0}).objectives["rtd"]
+    view = objective.corrupt(padded([sample]), 0.0)
+    assert (view.tokens[0, 1:-1] == 77).all()
+    assert view.labels[0].tolist() == [0] * 20 + [int(token != 77) for token in sample[20:-1]] + [0]
 
 
 def test_with_the_corpus_own_tokens_there_is_no_generator_and_no_mask_token_is_needed():
