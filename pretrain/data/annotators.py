@@ -87,7 +87,7 @@ def load_spacy(model: str):
     try:
         import spacy
     except ImportError:
-        raise UserError("--spacy: spaCy is not installed: pip install 'medley-pretrain[salient]'") from None
+        raise UserError("--spacy: spaCy is not installed: pip install 'spacy>=3.8'") from None
     try:
         return spacy.load(model)
     except (OSError, ValueError, ImportError) as error:

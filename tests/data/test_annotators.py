@@ -137,7 +137,7 @@ def test_an_unknown_annotation_names_the_nearest():
 
 def test_without_spacy_the_command_that_installs_it_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(UserError, match=r"^--spacy: spaCy is not installed: pip install 'medley-pretrain\[salient\]'$"):
+    with pytest.raises(UserError, match=r"^--spacy: spaCy is not installed: pip install 'spacy>=3.8'$"):
         annotators(["salient"], "en_core_web_sm", "NAME")
 
 
