@@ -1,0 +1,166 @@
+"""Studies: questions lie where they should, and the whole command runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fused_objectives.targets import IGNORED
+from pretrain.data.prepare import prepare
+from pretrain.data.store import Store
+from pretrain.data.tokenization import load_tokenizer
+from pretrain.errors import UserError
+from pretrain.masking.config import MaskingConfig
+from pretrain.masking.masker import Masker
+from pretrain.model.vocabulary import Vocabulary
+from studies import cloze, masking, show_masks
+from studies.drawing import draw_masks
+from studies.mask_arms import read_spans, write_spans
+from studies.reporting import summarise
+
+NAMES = ("Alice", "Gryphon", "Mock Turtle", "Duchess", "Hatter")
+PLACES = ("garden", "kitchen", "forest", "tower", "cellar", "river", "market", "chapel")
+
+
+def sentences() -> list[str]:
+    """Return 160 passages, each with one name inside a sentence, besides some that begin with one."""
+    told = [
+        f"In the old {place} number {count} we met {name} with {place} keys and a lamp."
+        for count in range(4)
+        for place in PLACES
+        for name in NAMES
+    ]
+    return [*told, "Alice slept.", "Once again, the queen of Norway was seen walking slowly towards the old harbour."]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences()))
+    prepare([text], folder / "corpus", workers=1, heldout=0, vocabulary=300, max_length=64, min_length=2)
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="module")
+def found(corpus) -> tuple[Store, list[cloze.Fact], object]:
+    store, tokenizer = Store(corpus / "train"), load_tokenizer(corpus / "tokenizer")
+    return store, cloze.find_facts(store, cloze.detokenizer(tokenizer)), tokenizer
+
+
+def test_answers_are_the_names_inside_sentences_and_nothing_else(found):
+    store, facts, tokenizer = found
+    assert {fact.answer for fact in facts} == set(NAMES)  # "Norway" is too rare, "In" and "Once" begin sentences
+    assert len(facts) == 160
+    for fact in facts:
+        tokens = store[fact.sample][fact.first : fact.last + 1]
+        assert tokenizer.decode(tokens.tolist()) == fact.answer
+        text = cloze.detokenizer(tokenizer)(store[fact.sample].astype(np.int64)).text
+        assert text[fact.start :].startswith(fact.answer)
+
+
+def test_no_passage_is_in_two_parts(found):
+    _, facts, _ = found
+    parts = [{fact.sample for fact in facts if fact.part == part} for part in cloze.PARTS]
+    assert all(parts)
+    assert len(set.union(*parts)) == sum(map(len, parts))
+
+
+def test_equal_neighbourhoods_are_one_question(tmp_path):
+    text = tmp_path / "text.jsonl"
+    twice = [*sentences(), *(f"{sentence} Indeed so." for sentence in sentences()[:50])]
+    text.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in twice))
+    prepare([text], tmp_path / "corpus", workers=1, heldout=0, vocabulary=300, max_length=64, min_length=2)
+    tokenizer = load_tokenizer(tmp_path / "corpus" / "tokenizer")
+    assert len(cloze.find_facts(Store(tmp_path / "corpus" / "train"), cloze.detokenizer(tokenizer))) == 160
+
+
+def test_a_text_without_names_is_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and slept for the whole of the day\n\n" * 30)
+    prepare([text], tmp_path / "corpus", workers=1, heldout=0, vocabulary=100, max_length=32)
+    tokenizer = load_tokenizer(tmp_path / "corpus" / "tokenizer")
+    with pytest.raises(UserError, match="no question"):
+        cloze.find_facts(Store(tmp_path / "corpus" / "train"), cloze.detokenizer(tokenizer))
+
+
+def test_a_question_hides_its_answer_and_nothing_else(found):
+    store, facts, tokenizer = found
+    asked = facts[::17]
+    batch, labels = cloze.questions(store, asked, tokenizer.pad_token_id, tokenizer.mask_token_id, store.max_length)
+    for row, fact in enumerate(asked):
+        sample = torch.from_numpy(store[fact.sample].astype(np.int64))
+        hidden = labels[row] != IGNORED
+        assert hidden.nonzero().flatten().tolist() == list(range(fact.first, fact.last + 1))
+        assert torch.equal(torch.where(hidden, labels[row], batch.tokens[row])[: len(sample)], sample)
+        assert (batch.tokens[row][hidden] == tokenizer.mask_token_id).all()
+
+
+def test_kept_passages_are_those_with_a_fact_and_the_facts_still_fit(found, tmp_path):
+    store, facts, _ = found
+    kept = cloze.keep_passages(store, facts[5:50], tmp_path / "kept")
+    fewer = Store(tmp_path / "kept" / "train")
+    assert len(fewer) == 45 and cloze.read_facts(tmp_path / "kept") == kept
+    for old, new in zip(facts[5:50], kept, strict=True):
+        assert np.array_equal(store[old.sample], fewer[new.sample])
+        assert (new.first, new.last, new.answer, new.part) == (old.first, old.last, old.answer, old.part)
+
+
+def test_spans_are_read_as_they_were_written(found):
+    store, _, _ = found
+    spans = {0: [(1, 2), (4, 4)], 3: [(2, 5)], len(store) - 1: [(1, 1)]}
+    write_spans(store, "some", spans)
+    assert read_spans(store, "some") == spans
+
+
+def test_an_annotated_unit_is_drawn_as_often_as_its_policy_says(found):
+    store, _, tokenizer = found
+    write_spans(store, "marked", {sample: [(2, 3)] for sample in range(len(store))})
+    masker = Masker(MaskingConfig(policy="guided", annotation="marked", rate=0.5), Vocabulary.of(tokenizer), 0, "mlm")
+    (drawn,) = draw_masks(masker, store, np.array([7]), 400)
+    assert drawn.shape == (400, store.lengths[7])
+    assert abs(drawn[:, 2].mean() - 0.5) < 0.1 and (drawn[:, 2] == drawn[:, 3]).all()
+    assert not np.delete(drawn, [2, 3], axis=1).any()
+
+
+def test_differences_are_taken_seed_by_seed():
+    def record(arm, seed, exact_match):
+        score = {"exact_match": exact_match, "token_accuracy": 0.0, "log_likelihood": -1.0}
+        return {"arm": arm, "seed": seed, "score": score, "masks": None, "seconds": 1.0}
+
+    records = [record("random", 0, 0.1), record("random", 1, 0.3), record("a", 1, 0.35), record("a", 0, 0.2)]
+    rows = summarise(records, {"random": "Random", "a": "A", "b": "B"}, "random")
+    assert rows[1]["gain"] == pytest.approx(7.5) and rows[1]["gain_sd"] == pytest.approx(12.5**0.5)
+    assert rows[1]["wins"] == "2/2" and rows[2]["seeds"] == 0
+
+
+def test_the_study_runs_goes_on_and_tells_what_was_not_run(corpus, tmp_path, capsys):
+    steps = [f"--{name}-steps=2" for name in ("base", "tune", "learn", "meta")]
+    command = ["--text", str(corpus.parent / "text.jsonl"), "--vocabulary", "300", "--steps", "2", *steps]
+    command += ["--out", str(tmp_path / "out"), "--arms", "none,random,supervised,control,oracle"]
+    assert masking.main([*command, "--seeds", "1"]) == 0
+    assert masking.main([*command, "--seeds", "2"]) == 0
+    table = capsys.readouterr().out
+    assert "| learnt, meta-gradient | not run |" in table
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["arm"], r["seed"]) for r in result["records"]][::5] == [("none", 0), ("none", 1)]
+    assert len(result["records"]) == 10
+    by_arm = {r["arm"]: r for r in result["records"]}
+    assert by_arm["oracle"]["masks"]["answers"] > by_arm["random"]["masks"]["answers"]
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 9
+    assert masking.main([*command, "--steps", "3"]) == 2  # another study's folder
+
+
+def test_pictures_of_masks_show_each_token_once(corpus, tmp_path):
+    maskings = {"random": MaskingConfig(), "words": MaskingConfig(policy="whole_word", rate=0.9)}
+    shown = show_masks.show(corpus, [0, 5], maskings, visits=20)
+    assert [each.title for each in shown] == ["random", "random", "words", "words"]
+    for each in shown:
+        assert "".join(text for text, _ in each.pieces()) == each.text.text
+    assert shown[2].probabilities[1:-1].mean() > 0.7 > shown[0].probabilities[1:-1].mean()
+    assert shown[0].probabilities[[0, -1]].tolist() == [0, 0]  # special tokens
+    assert show_masks.main([str(corpus), "--samples", "0,5", "--visits", "3", "--out", str(tmp_path / "masks")]) == 0
+    assert (tmp_path / "masks.html").read_text().count("<h2>") == len(show_masks.DEFAULT)
+    assert show_masks.main([str(corpus), "--samples", "99999", "--out", str(tmp_path / "masks")]) == 2
