@@ -17,10 +17,11 @@ CPU = torch.device("cpu")
 
 
 def samples(lengths, seed=0):
-    """Random samples; some have a special token in the middle."""
+    """Random samples; the longer ones have special tokens in the middle."""
     made = random_samples(lengths, seed)
-    for sample in made[::3]:
-        sample[len(sample) // 2] = SEP
+    for sample in made:
+        if len(sample) > 8:
+            sample[3::7] = SEP
     return made
 
 
