@@ -32,9 +32,9 @@ class Settings:
     size: str = "tiny"
     base_steps: int = 600
     """Steps of pre-training with random masks, before the policies part."""
-    steps: int = 120
+    steps: int = 500
     """Steps under each policy."""
-    tune_steps: int = 40
+    tune_steps: int = 60
     """Steps on the questions of ``train``."""
     batch_rows: int = 2
     row_length: int = 256

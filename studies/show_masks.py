@@ -33,7 +33,7 @@ from studies.drawing import draw_masks  # noqa: E402
 
 DEFAULT = ("{policy: random}", "{policy: whole_word}", "{policy: span}", "{policy: frequency}")
 COLOUR = (178, 58, 46)  # of what is always hidden; what never is stays white
-PNG_COLUMNS = 96
+PNG_COLUMNS = 100
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,10 @@ def write_png(path: Path, shown: Sequence[Shown]) -> bool:
     for number, each in enumerate(shown):
         if number == 0 or shown[number - 1].title != each.title:
             lines += ["", each.title]
+        else:
+            lines.append("")
         lines += _wrapped(each.pieces())
-    figure = Figure(figsize=(10, 0.22 * len(lines) + 0.2))
+    figure = Figure(figsize=(8.6, 0.22 * len(lines) + 0.2))
     axes = figure.add_axes((0.02, 0, 0.96, 1))
     axes.set(xlim=(0, PNG_COLUMNS), ylim=(len(lines), -0.3))
     axes.axis("off")
@@ -136,7 +138,7 @@ def write_png(path: Path, shown: Sequence[Shown]) -> bool:
                     family="monospace",
                     parse_math=False,
                 )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     return True
 
 
