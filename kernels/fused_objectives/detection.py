@@ -323,8 +323,8 @@ def detection_kernel(
         places = rows[:, None] * hidden_stride + columns[None, :]
         hidden = tl.load(hidden_ptr + places, mask=real[:, None] & within[None, :], other=0.0).to(tl.float32)
         logit = tl.where(real, tl.sum(hidden * weight[None, :], 1) + bias, 0.0)
-        signed = tl.where(label == 1, -logit, tl.where(label == 0, logit, float("nan")))
-        small = tl.exp(-tl.abs(signed))
+        signed = tl.where(label == 1, -logit, logit)
+        small = tl.where((label == 0) | (label == 1), tl.exp(-tl.abs(signed)), float("nan"))
         loss = tl.where(real, tl.maximum(signed, 0.0) + _log1p(small), 0.0)
         scale = tl.full([ROWS], 1.0, tl.float32)
         if sample_weights_ptr is not None:

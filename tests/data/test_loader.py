@@ -2,16 +2,15 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from dataclasses import fields
 
 import numpy as np
 import pytest
-import torch
 
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
 from pretrain.errors import UserError
 from tests.builders import random_samples, write_store
+from tests.data.test_batch import assert_equal
 
 SAMPLES = random_samples(np.random.default_rng(4).integers(1, 25, 157), seed=4)
 KEYS = {"seed": 3, "row_length": 31, "batch_rows": 12, "micro_batch_rows": 4, "pad_id": 0, "window": 50}
@@ -122,7 +121,7 @@ def test_going_on_from_a_saved_position_is_exact(store, packing, step):
         one, two = loader.next(), other.next()
         assert one.sample_ids_sha256 == two.sample_ids_sha256
         for a, b in zip(one.micro_batches, two.micro_batches, strict=True):
-            assert all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch))
+            assert_equal(a, b)
 
 
 def test_a_position_is_valid_for_another_world_size_and_micro_batch(store):
