@@ -63,6 +63,13 @@ def test_the_folder_holds_an_extractor_that_transformers_loads_too(bert, data, t
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == toy_tokenizer().get_vocab()
 
 
+def test_a_model_that_takes_fewer_tokens_is_told_and_read_to_its_limit(bert, data, tmp_path):
+    told = []
+    learn(bert, data, tmp_path / "out", Settings(**{**vars(QUICK), "max_length": 65, "steps": 1}), log=told.append)
+    assert told[0] == "note: the model takes 64 tokens, fewer than --max-length 65"
+    assert Extractor.load(tmp_path / "out")[1].max_length == 64
+
+
 def test_the_same_seed_learns_the_same_and_another_does_not(bert, data, tmp_path):
     settings = [QUICK, QUICK, Settings(**{**vars(QUICK), "seed": 1})]
     state = torch.random.get_rng_state()

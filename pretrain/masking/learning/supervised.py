@@ -64,6 +64,8 @@ def learn(
             extractor, random = Extractor.on(source)
         if random:
             log(f"note: {len(random)} weights of the encoder are not in the model's files, such as {random[0]}")
+        if extractor.longest < settings.max_length:
+            log(f"note: the model takes {extractor.longest} tokens, fewer than --max-length {settings.max_length}")
         windows, told = _windows(extractor, answers.contexts, settings, str(data))
         best, moments = train(extractor, windows["train"], windows["dev"], settings, log)
         max_length = min(settings.max_length, extractor.longest)
