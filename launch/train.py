@@ -1,9 +1,18 @@
 #!/usr/bin/env python3
 """Train: ``deepspeed launch/train.py --ds_config configs/ds/cpu.json [--config RECIPE] [key=value …]``."""
 
+import logging
+import os
 import sys
 
 from pretrain.training.run import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except SystemExit as stop:  # --help, or an option that there is not
+        code = stop.code if isinstance(stop.code, int) else 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)  # on a busy machine a thread of gloo may outlive the interpreter, which then aborts
