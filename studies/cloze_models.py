@@ -30,9 +30,9 @@ class Settings:
     """How long and how fast; the same for all policies of a study."""
 
     size: str = "tiny"
-    base_steps: int = 600
+    base_steps: int = 1000
     """Steps of pre-training with random masks, before the policies part."""
-    steps: int = 500
+    steps: int = 800
     """Steps under each policy."""
     tune_steps: int = 60
     """Steps on the questions of ``train``."""
@@ -40,9 +40,9 @@ class Settings:
     row_length: int = 256
     batch_questions: int = 16
     rate: float = 0.15
-    base_lr: float = 4e-3
-    lr: float = 4e-3
-    tune_lr: float = 3e-3
+    base_lr: float = 1e-3
+    lr: float = 1e-3
+    tune_lr: float = 1e-3
 
 
 @dataclass(frozen=True)
