@@ -10,6 +10,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from pretrain.cli import main
 from pretrain.errors import UserError
+from pretrain.masking.learning import training
 from pretrain.masking.learning.answers import Context, read_answers
 from pretrain.masking.learning.extractor import Extractor
 from pretrain.masking.learning.scores import normalised, random_spans, score_spans, token_f1
@@ -91,6 +92,31 @@ def test_the_step_best_on_dev_is_kept(bert, data, tmp_path):
     windows, _ = WindowMaker(extractor.tokenizer, 24, 6)(contexts)
     loss, dev, control = judge(extractor, windows, settings)
     assert (dev, control) == (result["dev"], result["control"]) and loss == pytest.approx(min(ranks)[1])
+
+
+@pytest.mark.parametrize(
+    ("script", "best"),
+    [
+        ([(0.2, 1.0), (0.9, 2.0), (0.1, 0.5)], 2),  # recall before loss
+        ([(0.9, 2.0), (0.9, 1.0), (0.9, 1.0)], 2),  # of equals the lower loss, then the first
+        ([(0.9, 1.0), (0.9, 1.0), (0.9, None)], 1),
+        ([(0.0, None), (0.0, None), (0.1, None)], 3),
+    ],
+)
+def test_the_weights_kept_are_those_of_the_step_with_the_best_recall(script, best, bert, data, tmp_path, monkeypatch):
+    seen = []
+
+    def judged(extractor, windows, settings):
+        recall, loss = script[len(seen)]
+        seen.append({name: value.clone() for name, value in extractor.model.state_dict().items()})
+        scores = dict.fromkeys(("exact_match", "f1", "recall_at_1", "recall_at_k"), recall)
+        return loss, scores, scores
+
+    monkeypatch.setattr(training, "judge", judged)
+    assert learn(bert, data, tmp_path / "out", QUICK, log=silent)["step"] == 2 * best
+    kept = Extractor.load(tmp_path / "out")[0].model.state_dict()
+    matches = [all(torch.equal(kept[name], value) for name, value in state.items()) for state in seen]
+    assert matches == [number == best for number in (1, 2, 3)]
 
 
 def test_dev_contexts_are_not_learnt_from(bert, data, tmp_path):
