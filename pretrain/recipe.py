@@ -12,7 +12,7 @@ from pretrain.config import Config, apply_overrides, parse, read_yaml
 from pretrain.errors import UserError
 from pretrain.model.encoder import ModelConfig
 from pretrain.objectives.base import parse_objectives
-from pretrain.sampling import SamplerConfig
+from pretrain.sampling import SamplerConfig, parse_sampler
 from pretrain.schedule import ScheduleConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -104,7 +104,8 @@ class Recipe(Config):
     model: ModelConfig = ModelConfig()
     objectives: dict[str, Any]
     """Objective → its keys."""
-    sampler: SamplerConfig = SamplerConfig()
+    sampler: dict[str, Any] = {}
+    """Which objectives a step trains: the sampler's ``name`` and its keys."""
     training: TrainingConfig
     heldout: HeldoutConfig = HeldoutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -114,12 +115,18 @@ class Recipe(Config):
     takes the kernels on a GPU."""
 
     _objective_configs: dict[str, Config] = PrivateAttr()
+    _sampler_config: SamplerConfig = PrivateAttr()
     _source: str = PrivateAttr("recipe")
 
     @property
     def objective_configs(self) -> dict[str, Config]:
         """Objective → its validated configuration."""
         return self._objective_configs
+
+    @property
+    def sampler_config(self) -> SamplerConfig:
+        """The sampler's validated configuration."""
+        return self._sampler_config
 
     @property
     def source(self) -> str:
@@ -141,6 +148,7 @@ class Recipe(Config):
         document = self.model_dump(mode="json", by_alias=True)
         configs = self.objective_configs.items()
         document["objectives"] = {name: config.model_dump(mode="json", by_alias=True) for name, config in configs}
+        document["sampler"] = self.sampler_config.model_dump(mode="json", by_alias=True)
         path.write_text(yaml.safe_dump(document, sort_keys=False))
 
 
@@ -158,5 +166,6 @@ def recipe_from(document: dict, where: str, kind: type[R] = Recipe) -> R:
     """Validate a recipe given as nested dictionaries."""
     recipe = parse(kind, document, where)
     recipe._objective_configs = parse_objectives(recipe.objectives, where)
+    recipe._sampler_config = parse_sampler(recipe.sampler, where)
     recipe._source = where
     return recipe

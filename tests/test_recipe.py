@@ -55,7 +55,8 @@ def test_a_saved_recipe_loads_as_the_same_recipe(document, tmp_path):
     recipe.save(tmp_path / "saved.yaml")
     again = load_recipe(tmp_path / "saved.yaml")
     assert again.objective_configs == recipe.objective_configs
-    for key in set(Recipe.model_fields) - {"objectives"}:
+    assert again.sampler_config == recipe.sampler_config
+    for key in set(Recipe.model_fields) - {"objectives", "sampler"}:
         assert getattr(again, key) == getattr(recipe, key), key
     assert again.model.model_fields_set <= set(again.model.model_dump())
     again.save(tmp_path / "twice.yaml")
@@ -113,7 +114,7 @@ def test_overrides_reach_nested_and_new_keys_and_are_named_as_the_source(tmp_pat
         ("objectives.mlm.maskin={}", "objectives.mlm.maskin: unknown key; did you mean 'masking'?"),
         ("objectives.mlm.masking.split.maks=1", "objectives.mlm.masking.split.maks: unknown key; did you mean 'mask'?"),
         ("objectives.cse.temperature=0", "objectives.cse.temperature: input should be greater than 0 (got 0)"),
-        ("sampler.name=unifrom", "sampler.name: input should be"),
+        ("sampler.name=unifrom", "sampler.name: unknown sampler 'unifrom'; did you mean 'uniform'?"),
         (
             "log.trackers=[wandbb]",
             "log.trackers.0: input should be 'wandb' or 'trackio' (got 'wandbb'); did you mean 'wandb'?",

@@ -1,5 +1,14 @@
-"""Samplers: which objectives a step trains, with which shares."""
+"""Samplers: which objectives a step trains, with which shares. One file a family; every file registers its own."""
 
-from pretrain.sampling.rules import SAMPLERS, Sampler, SamplerConfig, build_sampler
+from pretrain.sampling import rules  # noqa: F401  (registration)
+from pretrain.sampling.base import (
+    SAMPLERS,
+    Measured,
+    Sampler,
+    SamplerConfig,
+    Wish,
+    build_sampler,
+    parse_sampler,
+)
 
-__all__ = ["SAMPLERS", "Sampler", "SamplerConfig", "build_sampler"]
+__all__ = ["SAMPLERS", "Measured", "Sampler", "SamplerConfig", "Wish", "build_sampler", "parse_sampler"]

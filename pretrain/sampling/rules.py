@@ -1,104 +1,141 @@
-"""Rule-based samplers: fixed shares in every step, or one objective a step."""
+"""Rule-based samplers: their shares are known before the run."""
 
-from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+import math
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, ConfigDict, Field
 
-from fused_objectives.philox import philox, uniform
 from pretrain.config import Config
-from pretrain.errors import UserError, unknown
+from pretrain.sampling.base import Sampler, SamplerConfig, mixture, register
 
 
-class SamplerConfig(Config):
-    """Which objectives a step trains."""
-
-    name: Literal["fixed", "uniform", "proportional", "round_robin"] = "fixed"
-    """``fixed``: all of them in every step, with their shares; ``uniform`` and ``proportional``: one a step, drawn
-    alike or by the shares; ``round_robin``: one a step, in turn."""
-    shares: dict[str, float] = {}
-    """Objective → share, for ``fixed`` and ``proportional``; scaled to sum to 1. Empty means equal shares."""
-
-    @model_validator(mode="after")
-    def _positive(self):
-        if any(share < 0 for share in self.shares.values()) or (self.shares and sum(self.shares.values()) <= 0):
-            raise ValueError("shares must not be negative, and one must be positive")
-        if self.shares and self.name in ("uniform", "round_robin"):
-            raise ValueError(f"shares mean nothing to '{self.name}'; use 'fixed' or 'proportional'")
-        return self
+def _usable(shares: dict[str, float]) -> dict[str, float]:
+    if any(share < 0 for share in shares.values()) or (shares and sum(shares.values()) <= 0):
+        raise ValueError("shares must not be negative, and one must be positive")
+    return shares
 
 
-class Sampler(ABC):
-    """Decides each step's plan: objective → share. Decides the same on every rank, and after a resume."""
+Shares = Annotated[dict[str, float], AfterValidator(_usable)]
+"""Objective → share; scaled to sum to 1. Empty means equal shares."""
 
-    mixes: ClassVar[bool] = False
-    """Whether a step trains several objectives."""
 
-    def __init__(self, probabilities: dict[str, float], seed: int):
-        self._probabilities, self.seed = probabilities, seed
+class SharesConfig(SamplerConfig):
+    """Keys of ``fixed`` and ``proportional``."""
+
+    shares: Shares = {}
+    """Objective → share; scaled to sum to 1. Empty means equal shares."""
+
+
+@register
+class FixedSampler(Sampler):
+    """All objectives in every step, with the same shares."""
+
+    name = "fixed"
+    Config = SharesConfig
+    modes = ("mix", "draw")
+
+    def __init__(self, config, objectives, seed, steps):
+        super().__init__(config, objectives, seed, steps)
+        self._shares = mixture(config.shares, objectives, "sampler.shares")
 
     def probabilities(self, step: int) -> dict[str, float]:
-        """Return objective → probability (or share) at ``step``."""
-        return self._probabilities
-
-    @abstractmethod
-    def plan(self, step: int) -> dict[str, float]:
-        """Return objective → share for ``step``; objectives with no share are left out."""
-
-    def state_dict(self) -> dict:
-        """Return what was learnt; rules learn nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:  # noqa: B027  (rules have no state)
-        """Take up what was learnt."""
+        return self._shares
 
 
-class FixedSampler(Sampler):
-    """All objectives in every step."""
+@register
+class ProportionalSampler(FixedSampler):
+    """One objective a step, drawn by its share."""
 
-    mixes = True
-
-    def plan(self, step: int) -> dict[str, float]:
-        return {name: share for name, share in self._probabilities.items() if share > 0}
-
-
-class DrawnSampler(Sampler):
-    """One objective a step, drawn by its probability; a function of (seed, step)."""
-
-    def plan(self, step: int) -> dict[str, float]:
-        draw, reached = uniform(philox(self.seed, "sampler", step)[0]), 0.0
-        possible = [name for name, probability in self._probabilities.items() if probability > 0]
-        for name in possible:
-            reached += self._probabilities[name]
-            if draw < reached:
-                return {name: 1.0}
-        return {possible[-1]: 1.0}
+    name = "proportional"
+    modes = ("draw", "mix")
 
 
-class RoundRobinSampler(Sampler):
+@register
+class UniformSampler(Sampler):
+    """One objective a step, all alike."""
+
+    name = "uniform"
+
+    def probabilities(self, step: int) -> dict[str, float]:
+        return mixture({}, self.objectives, "sampler")
+
+
+@register
+class RoundRobinSampler(UniformSampler):
     """One objective a step, in the recipe's order."""
 
+    name = "round_robin"
+    modes = ("draw",)
+
     def plan(self, step: int) -> dict[str, float]:
-        names = list(self._probabilities)
-        return {names[step % len(names)]: 1.0}
+        return {self.objectives[step % len(self.objectives)]: 1.0}
 
 
-SAMPLERS: dict[str, type[Sampler]] = {
-    "fixed": FixedSampler,
-    "uniform": DrawnSampler,
-    "proportional": DrawnSampler,
-    "round_robin": RoundRobinSampler,
-}
+class AnnealedConfig(SamplerConfig):
+    """Keys of ``annealed``."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    start: Shares = Field({}, alias="from")
+    """Objective → share at the start of the run."""
+    end: Shares = Field(..., alias="to")
+    """Objective → share at its end."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How it goes from the one to the other."""
 
 
-def build_sampler(config: SamplerConfig, objectives: list[str], seed: int, where: str) -> Sampler:
-    """Build the sampler of a recipe; a share for an objective that the recipe lacks is a :class:`UserError`."""
-    for name in config.shares:
-        if name not in objectives:
-            raise unknown("objective", name, objectives, f"{where}: sampler.shares")
-    if config.shares and set(objectives) - set(config.shares):
-        missing = sorted(set(objectives) - set(config.shares))[0]
-        raise UserError(f"{where}: sampler.shares: no share for '{missing}'; give it one (0 leaves it out)")
-    total = sum(config.shares.values())
-    probabilities = {name: config.shares[name] / total if total else 1 / len(objectives) for name in objectives}
-    return SAMPLERS[config.name](probabilities, seed)
+@register
+class AnnealedSampler(Sampler):
+    """From one mixture to another over the run."""
+
+    name = "annealed"
+    Config = AnnealedConfig
+
+    def __init__(self, config, objectives, seed, steps):
+        super().__init__(config, objectives, seed, steps)
+        self._start = mixture(config.start, objectives, "sampler.from")
+        self._end = mixture(config.end, objectives, "sampler.to")
+
+    def probabilities(self, step: int) -> dict[str, float]:
+        done = min(step / max(1, self.steps - 1), 1.0)
+        if self.config.schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return {name: (1 - done) * self._start[name] + done * self._end[name] for name in self.objectives}
+
+
+class PhaseConfig(Config):
+    """One of the phases of ``alternating``."""
+
+    shares: Shares
+    """Objective → share within the phase; who is not named has none."""
+    steps: int = Field(..., ge=1)
+
+
+class AlternatingConfig(SamplerConfig):
+    """Keys of ``alternating``."""
+
+    phases: list[PhaseConfig] = Field(..., min_length=1)
+    """One after another; after the last the first begins again."""
+
+
+@register
+class AlternatingSampler(Sampler):
+    """Phases of a given length, each with a mixture of its own, again and again."""
+
+    name = "alternating"
+    Config = AlternatingConfig
+
+    def __init__(self, config, objectives, seed, steps):
+        super().__init__(config, objectives, seed, steps)
+        nothing = dict.fromkeys(objectives, 0.0)
+        self._phases = [
+            (phase.steps, mixture(nothing | phase.shares, objectives, f"sampler.phases.{number}.shares"))
+            for number, phase in enumerate(config.phases)
+        ]
+
+    def probabilities(self, step: int) -> dict[str, float]:
+        left = step % sum(steps for steps, _ in self._phases)
+        phase = 0
+        while left >= self._phases[phase][0]:
+            left, phase = left - self._phases[phase][0], phase + 1
+        return self._phases[phase][1]

@@ -44,11 +44,22 @@ class Parts:
 
     def heldout_loader(self, *, rank: int, world_size: int) -> Loader | None:
         """Build the loader whose first global batch is the held-out rows, or None if there is nothing to measure."""
-        if self.heldout is None or self.recipe.heldout.rows == 0:
+        return self._rows_of_heldout(self.recipe.heldout.rows, 1, rank, world_size)
+
+    def probe_loader(self, *, rank: int, world_size: int) -> Loader | None:
+        """Build the loader of the held-out rows that the sampler's measurements take, or None if it has none; a rank's
+        micro-batches can be halved."""
+        if not self.sampler.probes:
             return None
-        whole = self.recipe.training.micro_batch_rows * world_size
-        rows = -(-self.recipe.heldout.rows // whole) * whole
-        return self._loader(self.heldout, rows, 0, rank, world_size)
+        rows = self.sampler.config.probe_rows or self.recipe.training.batch_rows // 4
+        return self._rows_of_heldout(rows, 2, rank, world_size)
+
+    def _rows_of_heldout(self, rows: int, parts: int, rank: int, world_size: int) -> Loader | None:
+        """Build a loader of held-out rows, rounded up to a multiple of ``parts`` micro-batches of all ranks."""
+        if self.heldout is None or rows == 0:
+            return None
+        whole = parts * self.recipe.training.micro_batch_rows * world_size
+        return self._loader(self.heldout, -(-rows // whole) * whole, 0, rank, world_size)
 
     def _loader(self, store: Store, batch_rows: int, seed: int, rank: int, world_size: int) -> Loader:
         wanted = {name: kind for one in self.model.objectives.values() for name, kind in one.annotations.items()}
@@ -81,7 +92,7 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
     store, heldout = _open_stores(recipe)
     tokenizer = _load_own_tokenizer(Path(recipe.data.store) / "tokenizer", store)
     vocabulary = Vocabulary.of(tokenizer, store.token_counts(len(tokenizer)))
-    sampler = build_sampler(recipe.sampler, list(recipe.objective_configs), recipe.seed, recipe.source)
+    sampler = build_sampler(recipe.sampler_config, list(recipe.objective_configs), recipe.seed, recipe.training.steps)
     torch.manual_seed(recipe.seed)
     longest = max(store.max_length, heldout.max_length if heldout is not None else 0)
     config = backbone_config(recipe.model, vocabulary, longest)
@@ -101,6 +112,7 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
     )
     parts.loader(rank=0, world_size=1).check_fills_a_batch()
     parts.heldout_loader(rank=0, world_size=1)  # its samples must fit as well
+    _check_probe(parts)
     return parts
 
 
@@ -151,6 +163,25 @@ def _load_own_tokenizer(folder: Path, store: Store) -> PreTrainedTokenizerBase:
     if expected and (not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected):
         raise UserError(f"data.store: {file} is not the tokenizer the store was made with; prepare the corpus again")
     return load_tokenizer(folder)
+
+
+def _check_probe(parts: Parts) -> None:
+    """Raise :class:`UserError` if an objective has nothing to be measured by on the held-out rows."""
+    if not parts.sampler.probes:
+        return
+    loader = parts.probe_loader(rank=0, world_size=1)
+    if loader is None:
+        raise UserError(
+            f"sampler.name: '{parts.sampler.name}' measures held-out losses, but there is no held-out text; prepare "
+            "the corpus with --heldout above 0"
+        )
+    batches = loader.next().micro_batches
+    for name, objective in parts.model.objectives.items():
+        if not sum(int(count.sum()) for batch in batches for count in objective.heldout_view(batch).counts.values()):
+            raise UserError(
+                f"objectives.{name}: no probe for '{parts.sampler.name}': the held-out rows hold no target of it; "
+                "raise sampler.probe_rows or prepare more held-out text"
+            )
 
 
 def _row_length(recipe: Recipe, longest: int, model: MultiObjectiveModel) -> int:

@@ -26,16 +26,25 @@ class StepFacts:
     """Global norm before clipping, None if the step was skipped."""
     seconds: float
 
-    def record(self, objectives: dict[str, Objective]) -> dict:
-        """Return the fields that the step alone decides; numbers may be NaN."""
-        means = {term: total / max(self.targets[term], 1.0) for term, total in self.sums.items()}
-        losses = {
+    @property
+    def means(self) -> dict[str, float]:
+        """Term → mean loss a target."""
+        return {term: total / max(self.targets[term], 1.0) for term, total in self.sums.items()}
+
+    def losses(self, objectives: dict[str, Objective]) -> dict[str, float]:
+        """Return objective → loss: the weighted sum of its terms' means."""
+        means = self.means
+        return {
             name: sum(weight * means[term] for term, weight in objectives[name].terms.items()) for name in self.plan
         }
+
+    def record(self, objectives: dict[str, Objective]) -> dict:
+        """Return the fields that the step alone decides; numbers may be NaN."""
+        losses = self.losses(objectives)
         return {
             "loss": sum(share * losses[name] for name, share in self.plan.items()),
             "losses": losses,
-            "terms": means,
+            "terms": self.means,
             "targets": {term: int(count) for term, count in self.targets.items()},
             "tallies": {name: int(number) for name, number in self.tallies.items()},
             "plan": self.plan,

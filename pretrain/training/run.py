@@ -222,7 +222,7 @@ def _check_same_model(recipe: Recipe, start: Path, kind: Kind) -> None:
         ("seed", recipe.seed, saved.seed),
         ("model", _architecture(recipe), _architecture(saved)),
         ("objectives", list(recipe.objective_configs.items()), list(saved.objective_configs.items())),
-        ("sampler", recipe.sampler, saved.sampler),
+        ("sampler", recipe.sampler_config, saved.sampler_config),
         ("training.optimizer.name", recipe.training.optimizer.name, saved.training.optimizer.name),
         *((key, getattr(recipe, key), getattr(saved, key)) for key in kind.own_keys),
     ):

@@ -16,6 +16,7 @@ from pretrain.training.engine import Engine
 from pretrain.training.flops import FlopCounter
 from pretrain.training.heldout import HeldoutProbe
 from pretrain.training.log import HELDOUT_START, RunLog, SilentLog
+from pretrain.training.probe import SamplerProbe
 from pretrain.training.record import StepFacts
 from pretrain.training.saving import last_checkpoint, save
 from pretrain.training.stop import StopRequest
@@ -31,6 +32,7 @@ class Trainer:
         self.model, self.sampler = parts.model, parts.sampler
         self.loader = parts.loader(rank=engine.rank, world_size=engine.world_size)
         self.heldout = HeldoutProbe(parts, engine)
+        self.probe = SamplerProbe(parts, engine)
         self.flops = FlopCounter(parts, engine)
         self.log: RunLog | SilentLog = SilentLog()
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
@@ -52,20 +54,14 @@ class Trainer:
         """Do one optimizer step on one global batch and return its record."""
         began = time.monotonic()
         batch = self.loader.next()
+        lesson = self.teach_sampler()
         plan = self.sampler.plan(self.step)
         views = [self.corrupt(micro_batch, plan) for micro_batch in batch.micro_batches]
         targets, tallies = self.count(views)
         scales = self.loss_scales(plan, targets)
 
         self.engine.begin_step()
-        sums = dict.fromkeys(targets, 0.0)
-        for number, micro_views in enumerate(views):
-            self.seed_dropout(number)
-            loss, sample_sums = self.engine(micro_views, scales)
-            self.engine.backward(loss)
-            for term, per_sample in sample_sums.items():
-                sums[term] = sums[term] + per_sample.sum()
-        sums = self.agree(sums)
+        sums = self.agree(self.accumulate(views, scales))
 
         learning_rate = self.config.optimizer.learning_rate * self.config.schedule.factor(self.step, self.config.steps)
         grad_norm = self.update(plan, sums, learning_rate)
@@ -74,13 +70,23 @@ class Trainer:
 
         seconds = time.monotonic() - began
         facts = StepFacts(batch, plan, probabilities, targets, tallies, sums, learning_rate, grad_norm, seconds)
+        if grad_norm is not None:
+            self.sampler.observe(self.step - 1, plan, facts.losses(self.model.objectives))
         return {
             "step": self.step,
             **facts.record(self.model.objectives),
+            "sampler": lesson,
             "tokens_seen": self.tokens,
             "skipped": self.skipped,
             "mfu": self.flops.utilisation(plan, batch.tokens, seconds),
         }
+
+    def teach_sampler(self) -> dict[str, dict[str, float]]:
+        """Measure what the sampler wants to know before it plans the step; return what the log tells of it."""
+        wish = self.sampler.wish(self.step)
+        if wish is None:
+            return {}
+        return self.sampler.learn(self.step, self.probe.measure(wish))
 
     def corrupt(self, batch: Batch, plan: dict[str, float]) -> dict[str, View]:
         """Return each planned objective's view of a micro-batch."""
@@ -107,6 +113,17 @@ class Trainer:
             for name, share in plan.items()
             for term, weight in self.model.objectives[name].terms.items()
         }
+
+    def accumulate(self, views: list[dict[str, View]], scales: dict[str, float]) -> dict[str, torch.Tensor]:
+        """Add up the gradients of all micro-steps; return this rank's sums of losses, a scalar a term."""
+        sums = dict.fromkeys(scales, torch.zeros((), device=self.engine.device))
+        for number, micro_views in enumerate(views):
+            self.seed_dropout(number)
+            loss, sample_sums = self.engine(micro_views, scales)
+            self.engine.backward(loss)
+            for term, per_sample in sample_sums.items():
+                sums[term] = sums[term] + per_sample.sum()
+        return sums
 
     def seed_dropout(self, micro_step: int) -> None:
         """Make dropout a function of (seed, step, micro-step, rank), so that a resumed run repeats it."""
@@ -162,7 +179,8 @@ class Trainer:
         """Return all that decides how the run goes on, besides the engine's states; the same on every rank."""
         counters = {name: getattr(self, name) for name in ("step", "tokens", "skipped", "skipped_in_a_row")}
         data = {name: each.fingerprint for name, each in self.model.objectives.items() if each.fingerprint}
-        states = {"loader": self.loader.state_dict(), "sampler": self.sampler.state_dict()}
+        stateful = {"loader": self.loader, "sampler": self.sampler, "probe": self.probe}
+        states = {name: each.state_dict() for name, each in stateful.items()}
         return {**counters, **states, "objective_data": data}
 
     def load_state_dict(self, state: dict) -> None:
@@ -176,5 +194,6 @@ class Trainer:
                 raise UserError(f"objectives.{name}: other data than the checkpoint's; start a new run folder (run=…)")
         self.loader.load_state_dict(state["loader"])
         self.sampler.load_state_dict(state["sampler"])
+        self.probe.load_state_dict(state.get("probe", {}))
         for name in ("step", "tokens", "skipped", "skipped_in_a_row"):
             setattr(self, name, state[name])

@@ -54,7 +54,7 @@ def refused(document, *arguments, ds="zero2.json") -> str:
             ["objectives.cse", "model.dropout"],
         ),
         ({"sampler__shares": {"mlm": 1, "rtd": 1, "csee": 1}}, ["sampler.shares", "did you mean 'cse'"]),
-        ({"sampler__shares": {"mlm": 1}}, ["sampler.shares", "'cse'"]),
+        ({"sampler__shares": {"mlm": 1}}, ["sampler.shares", "'rtd'"]),
         ({"sampler__name": "unifrom"}, ["sampler.name", "did you mean 'uniform'"]),
         ({"model__family": "brt"}, ["model.family", "did you mean 'bert'"]),
         ({"model": {"family": "t5", "size": "tiny"}}, ["objectives.mlm", "encoder–decoder", "span_corruption"]),
