@@ -9,11 +9,12 @@ import os
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.training.flat import Flat, Fragment
 
 _REDUCE_ELEMENTS = 500_000_000  # stage 0: elements reduced in one call
+_NO_MICRO_STEP = -1  # stages 1 and 2 count up before the first gradient of a backward
 
 
 def flats(engine: DeepSpeedEngine) -> list[Flat]:
@@ -74,15 +75,141 @@ def forget_gradients(engine: DeepSpeedEngine) -> None:
         optimizer.grad_partitions_flat_buffer.zero_()
         offloaded = optimizer.offload_optimizer
     else:
+        optimizer.micro_step_id = _NO_MICRO_STEP
         for index in optimizer.averaged_gradients:
             optimizer.averaged_gradients[index] = None
         for index in optimizer.all_grad_tensors:
             optimizer.all_grad_tensors[index] = None
         offloaded = optimizer.cpu_offload
+        optimizer._wait_for_offload_copies()  # a late one would bring back what is zeroed here
         for accumulated in optimizer.accumulated_grads_in_cpu.values() if offloaded else ():
             accumulated.zero_()
     for flat in flats(engine) if offloaded else ():
         flat.master.grad.zero_()
+
+
+@torch.no_grad()
+def read_gradient(engine: DeepSpeedEngine) -> list[Tensor]:
+    """Return a copy of this rank's part of what the backwards since ``forget_gradients`` add up to; all ranks call it.
+
+    One fp32 tensor a flat, laid out like its master, zero where no backward came by; at stage 0 the rank's slice of each
+    parameter. Nothing is finalised as ``engine.step()`` would: stages 2 and 3 have summed the shards in each backward,
+    and stages 0 and 1 have only this rank's gradients of whole parameters, whose mean over ranks is taken here.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    cut = _shards(engine)
+    parts = [torch.zeros_like(flat.master, dtype=torch.float32) for flat in cut]
+    if stage == 3:
+        for part, summed in zip(parts, _summed_by_stage_3(optimizer, parts), strict=True):
+            part.copy_(summed)
+    elif _sums_in_flats(engine):
+        for index, part in enumerate(parts):
+            if (summed := optimizer.averaged_gradients.get(index)) is not None:
+                part.copy_(summed.flat_partition)
+    else:
+        for index, (flat, part) in enumerate(zip(cut, parts, strict=True)):
+            whole = _summed_by_parameter(engine, index, flat)
+            if stage < 2:
+                whole = {id(each): _mean_over_ranks(each, whole.get(id(each))) for each in flat.parameters}
+            for fragment in flat.fragments:
+                if (summed := whole.get(id(fragment.parameter))) is not None:
+                    fragment.of(part).copy_(fragment.within(summed))
+    return parts
+
+
+@torch.no_grad()
+def write_gradient(engine: DeepSpeedEngine, parts: list[Tensor]) -> None:
+    """Replace the accumulated gradient by ``parts``, such as ``read_gradient`` gives, as if a backward had left them."""
+    forget_gradients(engine)
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    cut = _shards(engine)
+    if stage == 3:
+        for part, summed in zip(parts, _summed_by_stage_3(optimizer, parts), strict=True):
+            summed.copy_(part)
+        optimizer._offload_boundary_param_ids |= {each.parameter.ds_id for flat in cut for each in flat.fragments}
+        optimizer.independent_gradient_partition_epilogue()  # shows step() the sums, and has the next backward add
+        return
+    for index, (flat, part) in enumerate(zip(cut, parts, strict=True)):
+        if _sums_in_flats(engine):
+            summed = optimizer._build_compact_grad_partition_buffer(index)
+            summed.flat_partition.copy_(part)
+            optimizer.averaged_gradients[index] = summed
+            continue
+        _make_sums(engine, index, flat)
+        whole = _summed_by_parameter(engine, index, flat)
+        factor = torch.distributed.get_world_size() if stage < 2 else 1  # the mean over ranks is still to come
+        for fragment in flat.fragments:
+            fragment.within(whole[id(fragment.parameter)]).copy_(fragment.of(part) * factor)
+    if stage == 1:
+        optimizer.setup_buckets()  # as the first gradient of a backward does
+    elif stage == 2 and optimizer.cpu_offload:
+        ids = {optimizer.get_param_id(each.parameter) for flat in cut for each in flat.fragments}
+        optimizer._offload_accumulated_param_ids |= ids
+        optimizer.micro_step_id = _NO_MICRO_STEP + 1
+
+
+def _shards(engine: DeepSpeedEngine) -> list[Flat]:
+    """Return the flats such that no two ranks hold the same element: at stage 0 each rank's is a slice."""
+    found = flats(engine)
+    if engine.zero_optimization_stage() > 0:
+        return found
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for index, flat in enumerate(found):
+        numel = flat.master.numel()
+        start, end = numel * rank // ranks, numel * (rank + 1) // ranks
+        own = Fragment(flat.master, 0, start, end - start)
+        found[index] = Flat(own.within(flat.master), flat.parameters, flat.shapes, [own])
+    return found
+
+
+def _sums_in_flats(engine: DeepSpeedEngine) -> bool:
+    """Whether stage 2 adds up in tensors laid out like the masters: where gradients are of another type than they."""
+    return engine.zero_optimization_stage() == 2 and engine.bfloat16_enabled()
+
+
+def _summed_by_stage_3(optimizer, parts: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return the views of stage 3's one buffer that are laid out like ``parts``."""
+    return optimizer.grad_partitions_flat_buffer.split([part.numel() for part in parts])
+
+
+def _summed_by_parameter(engine: DeepSpeedEngine, index: int, flat: Flat) -> dict[int, Tensor]:
+    """Return the whole tensors in which stages 0 to 2 add up fp32 gradients of a flat's parameters, by their ids.
+
+    At stage 2 only the elements of this rank's fragments mean something in them.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() < 2:
+        return {id(each): each.grad for each in flat.parameters if each.grad is not None}
+    parameters = optimizer.params_in_partition[index]
+    if optimizer.cpu_offload:
+        optimizer._wait_for_offload_copies()
+        sums = (optimizer.accumulated_grads_in_cpu.get(optimizer.get_param_id(each)) for each in parameters)
+    else:
+        sums = optimizer.all_grad_tensors.get(index) or [None] * len(parameters)
+    return {id(each): summed for each, summed in zip(parameters, sums, strict=True) if summed is not None}
+
+
+def _make_sums(engine: DeepSpeedEngine, index: int, flat: Flat) -> None:
+    """Make the tensors of ``_summed_by_parameter``, of zeros."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() < 2:
+        for parameter in flat.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        return
+    parameters = optimizer.params_in_partition[index]
+    if optimizer.cpu_offload:
+        for parameter in parameters:
+            summed = torch.zeros(parameter.numel(), device=optimizer.device)
+            optimizer.accumulated_grads_in_cpu.setdefault(optimizer.get_param_id(parameter), summed)
+    else:
+        optimizer.all_grad_tensors[index] = [torch.zeros_like(each) for each in parameters]
+
+
+def _mean_over_ranks(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:
+    """Return the mean of all ranks' gradients of a whole parameter, in a tensor of its own; no gradient is zero."""
+    mean = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+    torch.distributed.all_reduce(mean)
+    return mean.div_(torch.distributed.get_world_size())
 
 
 def reduce_replicated_gradients(engine: DeepSpeedEngine) -> None:

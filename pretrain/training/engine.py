@@ -5,7 +5,7 @@ accepts. DeepSpeed's ways to break it, and how each is avoided, are in docs/deep
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.training import ds_internals
+from pretrain.training.gradient import Gradient
 from pretrain.training.optimizer import OptimizerSettings, ParameterGroup, build_optimizer
 from pretrain.training.process_group import init_distributed, shutdown_distributed
 from pretrain.training.states import consolidate, load_states, save_states
@@ -57,6 +58,8 @@ class Engine:
         given = {id(each): each.detach().to("cpu", torch.float32, copy=True) for each in module.parameters()}
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
         self._flats = ds_internals.flats(self._engine)
+        component_of = {id(parameter): group.name for group in groups for parameter in group.params}
+        self._flat_components = [component_of[id(flat.parameters[0])] for flat in self._flats]
         if self.dtype != torch.float32:
             self._fill_masters(given)
         self._optimizer.layout = {id(flat.master): flat for flat in self._flats}
@@ -126,8 +129,7 @@ class Engine:
             ValueError: if ``active`` names a component there is not.
             RuntimeError: if there was no ``backward`` in this step.
         """
-        if unknown := set(active) - self._components:
-            raise ValueError(f"unknown components {sorted(unknown)}; the engine has {sorted(self._components)}")
+        self._check_components(active)
         if self._backwards == 0:
             raise RuntimeError("step() without backward(); use skip_step()")
         self._optimizer.active = frozenset(active)
@@ -139,6 +141,47 @@ class Engine:
     def skip_step(self) -> None:
         """Drop the step's gradients without an update; the next step is as if this one had never been."""
         self.begin_step()
+
+    def gradient(self) -> Gradient:
+        """Return a copy of this rank's part of what the ``backward`` calls since ``begin_step`` add up to.
+
+        All ranks call it. The accumulated gradient stays as it is: ``step``, another ``backward`` or ``begin_step`` may
+        follow. It takes 4 bytes a parameter, divided by the world size.
+
+        Raises:
+            RuntimeError: if there was no ``backward`` in this step.
+        """
+        if self._backwards == 0:
+            raise RuntimeError("gradient() without backward()")
+        parts: dict[str, list[Tensor]] = {}
+        for component, part in zip(self._flat_components, ds_internals.read_gradient(self._engine), strict=True):
+            parts.setdefault(component, []).append(part)
+        return Gradient(parts)
+
+    def put_gradient(self, gradient: Gradient) -> None:
+        """Replace the accumulated gradient by ``gradient``, so that ``step`` applies it and ``backward`` adds to it.
+
+        All ranks call it. Components that the next ``step`` leaves out must have zeros in it.
+        """
+        self.begin_step()
+        parts = {component: iter(shards) for component, shards in gradient.parts.items()}
+        ds_internals.write_gradient(self._engine, [next(parts[component]) for component in self._flat_components])
+        self._backwards = 1
+
+    def inner_products(
+        self, pairs: Sequence[tuple[Gradient, Gradient]], components: Collection[str] | None = None
+    ) -> list[float]:
+        """Return the inner product of each pair, over ``components`` if they are named; the same bits on all ranks.
+
+        All ranks call it. Products and sums are in fp64, and one reduction serves all pairs.
+
+        Raises:
+            ValueError: if ``components`` names a component there is not.
+        """
+        self._check_components(components or ())
+        if not pairs:
+            return []
+        return self.all_reduce(torch.stack([left.dot(right, components) for left, right in pairs])).tolist()
 
     def all_reduce(self, values: list[float] | Tensor, op: str = "sum") -> Tensor:
         """Reduce a few numbers over ranks by ``op``, "sum" or "max"; float64, of the same shape, on the CPU."""
@@ -184,6 +227,10 @@ class Engine:
         self._optimizer.state.clear()
         del self._engine
         shutdown_distributed()
+
+    def _check_components(self, names: Collection[str]) -> None:
+        if unknown := set(names) - self._components:
+            raise ValueError(f"unknown components {sorted(unknown)}; the engine has {sorted(self._components)}")
 
     def _fill_masters(self, given: dict[int, Tensor]) -> None:
         """Give the fp32 masters rank 0's weights as ``given``; DeepSpeed fills them with what bf16 leaves of them."""

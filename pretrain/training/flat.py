@@ -22,6 +22,10 @@ class Fragment:
         """Return this fragment's view ``[numel]`` of a flat master or of any tensor laid out like it."""
         return flat.detach().view(-1).narrow(0, self.offset, self.numel)
 
+    def within(self, whole: Tensor) -> Tensor:
+        """Return this fragment's view ``[numel]`` of the whole parameter or of any tensor of as many elements."""
+        return whole.detach().view(-1).narrow(0, self.start, self.numel)
+
 
 @dataclass(frozen=True)
 class Flat:
