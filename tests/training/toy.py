@@ -47,14 +47,19 @@ class Toy(nn.Module):
         for objective, tokens in work.items():
             x = self.trunk(tokens)
             if objective == "lm":
-                logits = self.decoder(x[:, :-1]).float()
+                logits = wide(self.decoder(x[:, :-1]))
                 loss = F.cross_entropy(logits.reshape(-1, VOCABULARY), tokens[:, 1:].reshape(-1), reduction="sum")
             elif objective == "pair":
-                loss = F.cross_entropy(self.pair(self.pooler(x[:, 0])).float(), tokens[:, 0] % 3, reduction="sum")
+                loss = F.cross_entropy(wide(self.pair(self.pooler(x[:, 0]))), tokens[:, 0] % 3, reduction="sum")
             else:
-                loss = (self.score(x).float() - tokens[..., None]).square().sum() / 10
+                loss = (wide(self.score(x)) - tokens[..., None]).square().sum() / 10
             total = total + loss
         return total
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return ``x`` in fp32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def groups_of(module: Toy) -> list[ParameterGroup]:

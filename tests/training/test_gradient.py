@@ -1,0 +1,268 @@
+"""Gradients as shards: they are plain torch's, reading one leaves no trace, and one put in the accumulated gradient's
+place is applied like it.
+
+Each configuration lives three times through one story of steps: plainly, with probes between the steps, and with every
+step's gradient put together from those of its micro-steps. A process that is alone does the work of both ranks.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.training.engine import Engine, init_distributed
+from pretrain.training.gradient import Gradient
+from pretrain.training.trainer import Trainer
+from tests.training.runs import recipe, states, train, write_corpus
+from tests.training.test_engine import AFTER, BEFORE, BF16, FP32, SPOILT, small_config, work
+from tests.training.test_engine_refusals import message_of
+from tests.training.toy import ADAMW, Step, Toy, distance, groups_of, states_of
+
+STORY = [*BEFORE[:2], SPOILT[0], AFTER[0]]  # "pair" is idle in the second step, NaN spoils the third
+WEIGHTS = (0.5, 2.0)  # of a step's micro-steps; powers of two, so that they commute with bf16's rounding
+WINDOWS = [
+    [work("lm", (3, 2), 21)],
+    [work("lm", (3, 2), 22), work("pair", (1, 3), 23), work("lm", (0, 3), 24)],  # a rank without a row
+    [work("score", (2, 2), 25), work("lm", (4, 1), 26)],
+]
+CHOICES = [None, {"backbone"}, {"head/lm", "head/pair"}, set()]
+LIVES = [(name, 2) for name in FP32 + BF16] + [(name, 1) for name in ("zero0", "zero1", "zero2", "zero3")]
+
+
+@dataclass
+class Life:
+    """What one life left on a rank after each step of the story, and what was measured besides."""
+
+    outcomes: list[tuple[float, bool]] = field(default_factory=list)
+    weights: list[dict[str, Tensor] | None] = field(default_factory=list)
+    states: list[dict[str, dict[str, Tensor]]] = field(default_factory=list)
+    measured: dict = field(default_factory=dict)
+
+    def step(self, engine: Engine, step: Step) -> None:
+        outcome = engine.step(step.lr, step.active)
+        self.outcomes.append((outcome.grad_norm, outcome.applied))
+        self.weights.append(engine.full_state_dict())
+        self.states.append(states_of(engine))
+
+
+def make_engine(name: str, world_size: int, checkpointing: bool = False) -> Engine:
+    init_distributed(60)
+    module, config = Toy(checkpointing=checkpointing), small_config(name, world_size)
+    if name == "zero3":
+        config["zero_optimization"]["sub_group_size"] = 100  # several flat tensors a group
+    return Engine(module, groups_of(module), config, ADAMW)
+
+
+def backward(engine: Engine, micro: list[dict], weight: float = 1.0) -> None:
+    """One micro-step; alone, the forwards of both ranks share a backward."""
+    works = micro if engine.world_size == 1 else [micro[engine.rank]]
+    engine.backward(sum(engine(each) for each in works) * weight)
+
+
+def factors(engine: Engine, step: Step) -> list[float]:
+    """What the losses of a step's micro-steps are multiplied with: 1, or NaN on the last rank of a poisoned step."""
+    spoilt = step.poison and engine.rank == engine.world_size - 1
+    return [math.nan if spoilt and micro is step.work[-1] else 1.0 for micro in step.work]
+
+
+def probe(engine: Engine, window: list[list[dict]], factors: list[float] | None = None) -> Gradient:
+    engine.begin_step()
+    for micro, factor in zip(window, factors or [1.0] * len(window), strict=True):
+        backward(engine, micro, factor)
+    return engine.gradient()
+
+
+def whole(gradient: Gradient) -> Tensor:
+    return torch.cat([shard.view(-1) for shards in gradient.parts.values() for shard in shards])
+
+
+def live_plainly(name: str, world_size: int) -> Life:
+    engine, life = make_engine(name, world_size), Life()
+    for step in STORY:
+        engine.begin_step()
+        for micro, factor, weight in zip(step.work, factors(engine, step), WEIGHTS, strict=True):
+            backward(engine, micro, factor * weight)
+        life.step(engine, step)
+    engine.close()
+    return life
+
+
+def live_with_probes(name: str, world_size: int) -> Life:
+    """Compare gradients before the first step; read one before every step and after each of its backwards."""
+    engine, life = make_engine(name, world_size), Life()
+    gradients = [probe(engine, window) for window in WINDOWS]
+    copies = [whole(gradient).clone() for gradient in gradients]
+    pairs = [(left, right) for left in gradients for right in gradients]
+    life.measured["products"] = [engine.inner_products(pairs, choice) for choice in CHOICES]
+    life.measured["of no pairs"] = engine.inner_products([])
+    for index, step in enumerate(STORY):
+        probe(engine, WINDOWS[index % len(WINDOWS)])
+        engine.begin_step()
+        for micro, factor, weight in zip(step.work, factors(engine, step), WEIGHTS, strict=True):
+            backward(engine, micro, factor * weight)
+            engine.gradient()
+        life.step(engine, step)
+    life.measured["kept"] = [torch.equal(whole(each), copy) for each, copy in zip(gradients, copies, strict=True)]
+    life.measured["elements"] = copies[0].numel()
+    engine.close()
+    return life
+
+
+def live_by_putting(name: str, world_size: int) -> Life:
+    """Take every step with a gradient put together, activations being checkpointed; then put some for other ends."""
+    engine, life = make_engine(name, world_size, checkpointing=True), Life()
+    for step in STORY:
+        own = factors(engine, step)
+        parts = [probe(engine, [micro], [factor]) for micro, factor in zip(step.work, own, strict=True)]
+        engine.put_gradient(Gradient.combine(parts, WEIGHTS))
+        life.step(engine, step)
+    first, second, third = (probe(engine, window) for window in WINDOWS)
+
+    engine.put_gradient(second)
+    life.measured["read back"] = torch.equal(whole(engine.gradient()), whole(second))
+    backward(engine, WINDOWS[0][0])
+    error = Gradient.combine([engine.gradient(), first, second], [1, -1, -1])
+    life.measured["added"] = engine.inner_products([(error, error), (second, second)])
+
+    broken = Gradient.combine([third], [1.0])
+    if engine.rank == engine.world_size - 1:
+        broken.parts["backbone"][0].view(-1)[0] = math.nan
+    engine.put_gradient(broken)
+    life.step(engine, AFTER[0])
+
+    engine.put_gradient(third)
+    life.step(engine, Step([], lr=0.1))  # the backbone alone
+    engine.close()
+    return life
+
+
+@pytest.fixture(scope="module")
+def lives(rank_pool):
+    told: dict[tuple, list[list[Life]]] = {}
+
+    def lives_of(name: str, world_size: int) -> list[list[Life]]:
+        """Return of each kind of life what it left on each rank."""
+        if (name, world_size) not in told:
+            kinds = (live_plainly, live_with_probes, live_by_putting)
+            told[name, world_size] = [rank_pool.run(kind, name, world_size, world_size=world_size) for kind in kinds]
+        return told[name, world_size]
+
+    return lives_of
+
+
+def products(choice: set[str] | None) -> Tensor:
+    """Inner products of the windows' gradients, ``[3, 3] float64``, by plain torch on one process in that type."""
+    rows = []
+    for window in WINDOWS:
+        module = Toy().double()
+        sum(module(each) for micro in window for each in micro).backward()
+        chosen = [
+            each for group in groups_of(module) if choice is None or group.name in choice for each in group.params
+        ]
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in chosen]
+        rows.append(torch.cat([torch.zeros(0).double(), *(each.flatten() for each in gradients)]))
+    return torch.stack(rows) @ torch.stack(rows).T
+
+
+@pytest.mark.parametrize(("name", "world_size"), LIVES)
+def test_inner_products_are_those_of_plain_torch_in_double_precision_and_equal_on_all_ranks(lives, name, world_size):
+    measured = [life.measured for life in lives(name, world_size)[1]]
+    norms = products(None).diag().sqrt()
+    for choice, found in zip(CHOICES, measured[0]["products"], strict=True):
+        error = torch.tensor(found, dtype=torch.float64).view(3, 3) - products(choice)
+        assert float((error / norms.outer(norms)).abs().max()) < (0.01 if name in BF16 else 1e-6)
+    assert all(each["products"] == measured[0]["products"] and each["of no pairs"] == [] for each in measured)
+
+
+@pytest.mark.parametrize(("name", "world_size"), LIVES)
+def test_a_gradient_is_a_copy_of_a_share_of_the_elements(lives, name, world_size):
+    measured = [life.measured for life in lives(name, world_size)[1]]
+    total = sum(each.numel() for each in Toy().parameters())
+    padding = 0 if name == "zero0" else 8 * 30  # at most, over a toy's many small tensors
+    assert total <= sum(each["elements"] for each in measured) <= total + padding
+    assert all(each["kept"] == [True] * len(WINDOWS) for each in measured)
+
+
+@pytest.mark.parametrize(("name", "world_size"), LIVES)
+def test_probes_leave_no_trace(lives, name, world_size):
+    plain, probed, _ = lives(name, world_size)
+    for ours, wanted in zip(probed, plain, strict=True):
+        assert [applied for _, applied in wanted.outcomes] == [True, True, False, True]
+        assert ours.outcomes == wanted.outcomes
+        for found, expected in zip(ours.states, wanted.states, strict=True):
+            for parameter, state in expected.items():
+                assert found[parameter].keys() == state.keys()
+                assert all(torch.equal(found[parameter][key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(("name", "world_size"), LIVES)
+def test_a_step_on_a_gradient_put_together_is_one_on_the_weighted_losses(lives, name, world_size):
+    plain, _, put = (kind[0] for kind in lives(name, world_size))
+    for found, wanted in zip(put.weights, plain.weights, strict=False):
+        assert distance(found, wanted, Toy().state_dict()) < 1e-5
+    for (norm, applied), (wanted_norm, wanted_applied) in zip(put.outcomes, plain.outcomes, strict=False):
+        assert applied is wanted_applied
+        assert norm == pytest.approx(wanted_norm, rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "world_size"), LIVES)
+def test_a_gradient_that_was_put_is_the_accumulated_one(lives, name, world_size):
+    for life in lives(name, world_size)[2]:
+        assert life.measured["read back"]
+        error, norm = life.measured["added"]
+        assert error <= 1e-12 * norm
+
+
+@pytest.mark.parametrize(("name", "world_size"), LIVES)
+def test_nan_in_one_ranks_shard_skips_the_step_on_all_and_idle_components_stay(lives, name, world_size):
+    for life in lives(name, world_size)[2]:
+        *_, before, spoilt, after = life.states
+        assert life.outcomes[-2] == (math.inf, False) and life.outcomes[-1][1]
+        moved = {name for name in before if not torch.equal(after[name]["master"], before[name]["master"])}
+        assert moved and not any(name.startswith(("decoder", "pair", "score")) for name in moved)
+        for parameter, state in before.items():
+            same = [spoilt] if parameter in moved else [spoilt, after]
+            assert all(torch.equal(other[parameter][key], state[key]) for key in state for other in same)
+
+
+def misuse() -> dict[str, str]:
+    engine = make_engine("zero2", 1)
+    engine.begin_step()
+    told = {"no backward": message_of(RuntimeError, engine.gradient)}
+    gradient = probe(engine, WINDOWS[0])
+    told["no such component"] = message_of(ValueError, engine.inner_products, [(gradient, gradient)], {"body"})
+    engine.step(0.1, {"backbone", "head/lm"})
+    told["after a step"] = message_of(RuntimeError, engine.gradient)
+    engine.close()
+    return told
+
+
+def test_misuse_is_an_error(ranks):
+    (told,) = ranks(misuse, world_size=1)
+    assert "without backward" in told["no backward"] and "without backward" in told["after a step"]
+    assert "['body']" in told["no such component"]
+
+
+def test_probes_between_the_steps_of_a_run_with_dropout_leave_its_states_bit_identical(tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus")
+    changes = {"objectives": {"mlm": {}, "cse": {"group_rows": 2}}, "sampler__shares": {}, "training__steps": 3}
+
+    def run(name: str) -> dict[str, str]:
+        assert train(recipe(corpus, tmp_path / name, **changes))[0] == 0
+        return states(tmp_path / name / "checkpoints" / "step-00000003")
+
+    plain, probed, step = run("plain"), [], Trainer.train_step
+
+    def probe_and_step(trainer: Trainer) -> dict:
+        views = trainer.corrupt(trainer.heldout.micro_batches[0], {"mlm": 0.5, "cse": 0.5})
+        trainer.engine.begin_step()
+        trainer.engine.backward(trainer.engine(views, {"mlm": 0.1, "cse": 0.1})[0])
+        gradient = trainer.engine.gradient()
+        probed.append(trainer.engine.inner_products([(gradient, gradient)]))
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", probe_and_step)
+    assert run("probed") == plain
+    assert len(probed) == 3 and all(norm > 0 for (norm,) in probed)
