@@ -79,16 +79,23 @@ class Sampler(ABC):
         steps: of the whole run.
     """
 
-    name: ClassVar[str]
+    name: str
+    """What recipes call it."""
     Config: ClassVar[type[SamplerConfig]] = SamplerConfig
     modes: ClassVar[tuple[str, ...]] = ("draw", "mix")
     """What it can do, its default first."""
 
     def __init__(self, config: SamplerConfig, objectives: Sequence[str], seed: int, steps: int):
         self.config, self.objectives, self.seed, self.steps = config, list(objectives), seed, steps
+        self.name = config.name  # the same class may do the work of two
         self.mode = config.mode or self.modes[0]
         if self.mode not in self.modes:
-            raise UserError(f"sampler.mode: '{self.name}' can only '{self.modes[0]}'; leave the key out")
+            raise UserError(f"sampler.mode: '{self.name}' can only '{self.modes[0]}' here; leave the key out")
+
+    @classmethod
+    def chosen_by(cls, config: SamplerConfig) -> type["Sampler"]:
+        """Return the class that does what ``config`` says: this one, unless its keys choose between several."""
+        return cls
 
     @property
     def mixes(self) -> bool:
@@ -158,7 +165,7 @@ def build_sampler(config: SamplerConfig, objectives: Sequence[str], seed: int, s
     Raises:
         UserError: if it does not fit the recipe's objectives.
     """
-    return SAMPLERS[config.name](config, objectives, seed, steps)
+    return SAMPLERS[config.name].chosen_by(config)(config, objectives, seed, steps)
 
 
 def mixture(shares: Mapping[str, float], objectives: Sequence[str], key: str) -> dict[str, float]:
