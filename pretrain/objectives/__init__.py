@@ -13,6 +13,7 @@ from pretrain.objectives import (  # noqa: F401  (registration)
     sop,
     span_corruption,
     std,
+    task_mlm,
 )
 from pretrain.objectives.base import REGISTRY, Objective, View, build_objectives
 

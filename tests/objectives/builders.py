@@ -29,7 +29,7 @@ def model_with(
     name: str, family: str = "bert", seed: int = 1, dropout: float = 0.1, impl: str = "auto", vocabulary=None, **keys
 ) -> MultiObjectiveModel:
     """Return a model with one objective, configured by ``keys``, in evaluation mode (dropout is there, but off)."""
-    if name == "end_task":
+    if name in ("end_task", "task_mlm"):
         keys = {"task": str(Path(_tiny_task().name) / "tiny"), **keys}
     vocabulary = vocabulary or (PAIRED_VOCABULARY if family in TINY_PAIRED else VOCABULARY)
     objectives = build_objectives(parse_objectives({name: keys}, "test"), vocabulary, seed, impl)

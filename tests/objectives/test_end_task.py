@@ -58,28 +58,28 @@ def test_every_row_draws_by_the_id_and_visit_of_its_first_sample(folder, each):
     view = objective.corrupt(batch, 0.7)
     train, letters = read(folder, "train"), "abc"
     longest = max(len(tokens) for tokens, _ in train)
-    assert view.drawn.tokens.shape == (7 * each, longest)
+    assert view.draw.samples.tokens.shape == (7 * each, longest)
     for row, ids in enumerate(numbers):
         for draw in range(each):
             place = row * each + draw
-            assert bool(view.counted[place]) == bool(ids)
+            assert bool(view.draw.counted[place]) == bool(ids)
             if not ids:
                 continue
             word = philox(SEED, "end_task", draw, ids[0] & 0xFFFFFFFF, ids[0] >> 32, ids[0] % 3)[0]
             tokens, label = train[word * len(train) >> 32]
-            assert view.drawn.tokens[place].tolist() == tokens + [PAD] * (longest - len(tokens))
+            assert view.draw.samples.tokens[place].tolist() == tokens + [PAD] * (longest - len(tokens))
             assert view.labels[place] == letters.index(label)
     first_of_a_row = [ids[0] if ids else None for ids in numbers]
     counts = dict(zip(batch.sample_ids.tolist(), view.counts["end_task"].tolist(), strict=True))
     assert counts == {number: each * (number in first_of_a_row) for ids in numbers for number in ids}
-    assert len(set(view.drawn.sample_ids.tolist())) > 2
+    assert len(set(view.draw.samples.sample_ids.tolist())) > 2
 
 
 def test_draws_change_with_seed_and_visit_and_reach_every_sample_equally(folder):
     def drawn(seed=SEED, visit=0, rows=2300):
         objective = model_with("end_task", seed=seed, task=str(folder)).objectives["end_task"]
         batch = lay_out([random_samples([1])] * rows, visits=[visit] * rows)
-        return objective.corrupt(batch, 0.0).drawn.sample_ids
+        return objective.corrupt(batch, 0.0).draw.samples.sample_ids
 
     base = drawn()
     for other in (drawn(seed=2), drawn(visit=1)):
@@ -97,9 +97,11 @@ def test_draws_of_a_row_are_the_same_in_any_micro_batch_and_any_packing(folder):
         rows = slice(start, start + 2)
         part = objective.corrupt(numbered(samples[rows], ids[rows], first_row=start, row_length=101), 0.0)
         for field in ("tokens", "sample_ids", "sample_rows", "lengths"):
-            assert torch.equal(getattr(part.drawn, field), getattr(whole.drawn, field)[2 * start : 2 * start + 4])
+            assert torch.equal(
+                getattr(part.draw.samples, field), getattr(whole.draw.samples, field)[2 * start : 2 * start + 4]
+            )
     alone = objective.corrupt(numbered([row[:1] for row in samples], [row[:1] for row in ids]), 0.0)
-    assert torch.equal(alone.drawn.tokens, whole.drawn.tokens)
+    assert torch.equal(alone.draw.samples.tokens, whole.draw.samples.tokens)
 
 
 def by_hand(model, objective, hidden: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -123,7 +125,7 @@ def test_the_loss_is_that_of_the_backbone_and_a_head_written_by_hand(folder, fam
     view = objective.corrupt(batch, 0.0)
     sums = objective.loss(model, view)["end_task"].sums
     train = read(folder, "train")
-    chosen = [train[index] for index in view.drawn.sample_ids.tolist()]
+    chosen = [train[index] for index in view.draw.samples.sample_ids.tolist()]
     plain = copy.deepcopy(model.encoder.backbone)
     plain.set_attn_implementation("eager")
     losses = []
@@ -149,8 +151,8 @@ def test_the_loss_and_the_export_are_those_of_transformers_own_classifier(folder
     sequence_classifier(model.encoder, model.heads["end_task"]).save_pretrained(tmp_path)
     classifier = theirs.from_pretrained(tmp_path).eval()
     assert classifier.config.id2label == {0: "a", 1: "b", 2: "c"}
-    mask = view.drawn.real.long()
-    loss = classifier(input_ids=view.drawn.tokens, attention_mask=mask, labels=view.labels).loss
+    mask = view.draw.samples.real.long()
+    loss = classifier(input_ids=view.draw.samples.tokens, attention_mask=mask, labels=view.labels).loss
     assert total.item() / 6 == pytest.approx(loss.item(), rel=1e-4)
 
 
@@ -167,7 +169,7 @@ def test_numbers_are_standardised_in_training_and_come_back_in_their_own_scale(n
     ).eval()
     assert classifier.config.problem_type == "regression" and classifier.config.num_labels == 1
     expected = 0.0
-    for index in view.drawn.sample_ids.tolist():
+    for index in view.draw.samples.sample_ids.tolist():
         predicted = classifier(input_ids=torch.tensor([train[index][0]])).logits.item()
         expected += ((predicted - labels[index]) / labels.std()) ** 2
     assert sums.sum().item() == pytest.approx(expected, rel=1e-3)
@@ -191,7 +193,7 @@ def test_a_row_is_weighed_with_its_first_sample_and_a_row_without_samples_not_at
     firsts = [next((int(s) for s in row if s >= 0), -1) for row in batch.segment_ids]
     weights = torch.rand(len(batch.sample_ids), generator=torch.Generator().manual_seed(0))
     total, sums = objective.loss(model, view, weights)["end_task"]
-    assert firsts[3] == -1 and (view.counted.view(5, 2).all(1) == torch.tensor([1, 1, 1, 0, 1]).bool()).all()
+    assert firsts[3] == -1 and (view.draw.counted.view(5, 2).all(1) == torch.tensor([1, 1, 1, 0, 1]).bool()).all()
     assert [int(i) for i in sums.nonzero()] == [first for first in firsts if first >= 0]
     assert total.item() == pytest.approx(float((weights * sums).sum()), rel=1e-5)
     others = torch.ones(len(weights))
@@ -212,7 +214,7 @@ def test_with_rows_enough_the_heldout_loss_is_that_of_the_whole_dev_split(folder
         view = objective.heldout_view(numbered(samples[rows], ids[rows], first_row=start))
         total += float(objective.loss(model, view)["end_task"].sums.sum())
         count += int(view.counts["end_task"].sum())
-        seen += view.drawn.tokens[view.counted].tolist()
+        seen += view.draw.samples.tokens[view.draw.counted].tolist()
     dev = read(folder, "dev")
     assert count == len(dev) == 7
     longest = max(len(tokens) for tokens, _ in dev)
@@ -233,7 +235,7 @@ def test_few_heldout_rows_measure_a_mixture_of_a_dev_split_that_is_sorted_by_lab
     batch = lay_out([random_samples([1])] * 12)
     views = [objective.heldout_view(batch) for _ in range(2)]
     assert len(set(views[0].labels.tolist())) == 3
-    assert torch.equal(views[0].drawn.tokens, views[1].drawn.tokens)
+    assert torch.equal(views[0].draw.samples.tokens, views[1].draw.samples.tokens)
 
 
 def test_scores_on_dev_are_those_of_predictions_one_by_one_and_leave_the_model_in_training(folder):
@@ -271,7 +273,7 @@ def test_a_limit_cuts_samples_and_tells_how_many(folder):
     objective = model_with("end_task", task=str(folder), max_length=9).objectives["end_task"]
     cut = sum(len(tokens) > 9 for tokens, _ in read(folder, "train"))
     assert f"train: {cut} of 23 samples were cut" in objective.notes and cut > 0
-    assert objective.corrupt(packed(), 0.0).drawn.tokens.shape[1] == 9
+    assert objective.corrupt(packed(), 0.0).draw.samples.tokens.shape[1] == 9
     assert all("cut" not in note for note in model_with("end_task", task=str(folder)).objectives["end_task"].notes)
 
 
