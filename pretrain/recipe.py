@@ -38,6 +38,8 @@ class OptimizerConfig(Config):
     """``muon`` takes the matrices of the trunk, AdamW the rest."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak."""
+    learning_rate_scales: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Component (``backbone``, ``generator``, ``head/NAME``) → factor on its learning rate; 1 if absent."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled; not on vectors (biases, norms)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)

@@ -13,7 +13,7 @@ from typing import TextIO
 
 import torch
 
-from pretrain.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError
+from pretrain.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError, unknown
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.training import checkpoint
 from pretrain.training.build import Parts, build, device_type
@@ -112,11 +112,12 @@ def _run(args: argparse.Namespace, kind: Kind) -> None:
             check_trackers(recipe.log.trackers)
             bf16 = ds_config.get("bf16", {}).get("enabled", False)
             parts = kind.build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
+            lr_scales = _lr_scales(recipe, parts, kind)
             start = _starting_point(recipe, args.resume, rank, kind) if not args.dry_run else None
             if rank == 0 and not args.dry_run:
                 lock = _make_folder(recipe)
         init_distributed(args.timeout)
-        engine = _engine(parts, ds_config, kind.lr_scales(recipe))
+        engine = _engine(parts, ds_config, lr_scales)
         if args.dry_run:
             page = dry_run(parts, engine)
             if rank == 0:
@@ -140,6 +141,15 @@ def _ds_config(recipe: Recipe, path: str, world_size: int) -> dict:
     )
 
 
+def _lr_scales(recipe: Recipe, parts: Parts, kind: Kind) -> dict[str, float]:
+    """Return component → factor on the learning rate: the recipe's, times that of the kind of run."""
+    given, own = recipe.training.optimizer.learning_rate_scales, kind.lr_scales(recipe)
+    for name in given:
+        if name not in parts.components:
+            raise unknown("component", name, parts.components, "training.optimizer.learning_rate_scales")
+    return {name: given.get(name, 1.0) * own.get(name, 1.0) for name in parts.components}
+
+
 def _engine(parts: Parts, ds_config: dict, lr_scales: dict[str, float]) -> Engine:
     optimizer = parts.recipe.training.optimizer
     settings = OptimizerSettings(
@@ -149,7 +159,7 @@ def _engine(parts: Parts, ds_config: dict, lr_scales: dict[str, float]) -> Engin
         eps=optimizer.eps,
         momentum=optimizer.momentum,
     )
-    groups = [ParameterGroup(name, params, lr_scales.get(name, 1.0)) for name, params in parts.components.items()]
+    groups = [ParameterGroup(name, params, lr_scales[name]) for name, params in parts.components.items()]
     return Engine(parts.model, groups, ds_config, settings)
 
 
