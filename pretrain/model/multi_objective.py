@@ -1,5 +1,7 @@
 """One module for all objectives: the backbone, every head, and the one place where losses are reduced."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -56,7 +58,11 @@ class MultiObjectiveModel(nn.Module):
         return (heads | {BACKBONE}) & set(self.components())
 
     def forward(
-        self, views: dict[str, View], scales: dict[str, float], weights: torch.Tensor | None = None
+        self,
+        views: dict[str, View],
+        scales: dict[str, float],
+        weights: torch.Tensor | None = None,
+        judges: Mapping[str, Objective] | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the objectives of one micro-step.
 
@@ -64,6 +70,7 @@ class MultiObjectiveModel(nn.Module):
             views: objective → its view of the micro-batch.
             scales: term → factor: share of the objective × weight of the term / global count of the term's targets.
             weights: ``[S]`` float32 sample weights; None means 1.
+            judges: who computes the losses, by the names in ``views``; None: the model's objectives.
 
         Returns:
             the micro-step's part of the step's loss, a scalar, and term → ``[S]`` float32, each sample's sum of losses,
@@ -74,7 +81,7 @@ class MultiObjectiveModel(nn.Module):
         """
         losses: dict[str, TermLoss] = {}
         for name, view in views.items():
-            losses |= self.objectives[name].loss(self, view, weights)
+            losses |= (judges or self.objectives)[name].loss(self, view, weights)
         loss = sum(scales[term] * term_loss.total for term, term_loss in losses.items())
         return loss, {term: term_loss.sums for term, term_loss in losses.items()}
 

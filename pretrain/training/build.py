@@ -20,6 +20,7 @@ from pretrain.model.vocabulary import Vocabulary
 from pretrain.objectives import build_objectives
 from pretrain.recipe import Recipe
 from pretrain.sampling import Sampler, build_sampler
+from pretrain.sampling.tartan import END_TASK, MetaTartanSampler
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,9 @@ def _load_own_tokenizer(folder: Path, store: Store) -> PreTrainedTokenizerBase:
 
 
 def _check_probe(parts: Parts) -> None:
-    """Raise :class:`UserError` if an objective has nothing to be measured by on the held-out rows."""
+    """Raise :class:`UserError` if the sampler, or an objective, has nothing to be measured by."""
+    if isinstance(parts.sampler, MetaTartanSampler):
+        parts.sampler.check_dev_split(len(parts.model.objectives[END_TASK].splits["dev"]))
     if not parts.sampler.probes:
         return
     loader = parts.probe_loader(rank=0, world_size=1)

@@ -1,7 +1,6 @@
 """What samplers wish to know of the model, measured on held-out rows between two steps, which it does not change."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,10 +8,8 @@ from pretrain.data.batch import Batch
 from pretrain.sampling import Measured, Wish
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
+from pretrain.training.gradient import Gradient
 from pretrain.training.heldout import heldout_losses, judged
-
-if TYPE_CHECKING:
-    from pretrain.training.gradient import Gradient
 
 
 class SamplerProbe:
@@ -59,7 +56,7 @@ class SamplerProbe:
             noise[name] = of_a_half * rows / self.batch_rows
         return Measured(losses=losses, squares=squares, noise=noise)
 
-    def gradient(self, shares: dict[str, float], micro_batches: Sequence[Batch]) -> "Gradient":
+    def gradient(self, shares: dict[str, float], micro_batches: Sequence[Batch]) -> Gradient:
         """Return the gradient of Σ share · mean loss over micro-batches of all ranks."""
         self.engine.begin_step()
         for name, share in shares.items():

@@ -11,6 +11,8 @@ from fused_objectives.philox import scalar_seed
 from pretrain.data.batch import Batch
 from pretrain.errors import RunError, UserError
 from pretrain.objectives import View
+from pretrain.sampling import Wish
+from pretrain.sampling.tartan import MetaTartanSampler
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
 from pretrain.training.flops import FlopCounter
@@ -20,6 +22,7 @@ from pretrain.training.probe import SamplerProbe
 from pretrain.training.record import StepFacts
 from pretrain.training.saving import last_checkpoint, save
 from pretrain.training.stop import StopRequest
+from pretrain.training.tartan import DevGradient, accumulate_apart
 
 
 class Trainer:
@@ -33,6 +36,7 @@ class Trainer:
         self.loader = parts.loader(rank=engine.rank, world_size=engine.world_size)
         self.heldout = HeldoutProbe(parts, engine)
         self.probe = SamplerProbe(parts, engine)
+        self.dev_gradient = DevGradient(parts, engine) if isinstance(parts.sampler, MetaTartanSampler) else None
         self.flops = FlopCounter(parts, engine)
         self.log: RunLog | SilentLog = SilentLog()
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
@@ -55,17 +59,20 @@ class Trainer:
         began = time.monotonic()
         batch = self.loader.next()
         lesson = self.teach_sampler()
-        plan = self.sampler.plan(self.step)
+        plan, probabilities = self.sampler.plan(self.step), self.sampler.probabilities(self.step)
         views = [self.corrupt(micro_batch, plan) for micro_batch in batch.micro_batches]
         targets, tallies = self.count(views)
         scales = self.loss_scales(plan, targets)
 
         self.engine.begin_step()
-        sums = self.agree(self.accumulate(views, scales))
+        if self.sampler.wish(self.step) is Wish.STEP:
+            sums, lesson = accumulate_apart(self, views, plan, targets)
+        else:
+            sums = self.accumulate(views, scales)
+        sums = self.agree(sums)
 
         learning_rate = self.config.optimizer.learning_rate * self.config.schedule.factor(self.step, self.config.steps)
         grad_norm = self.update(plan, sums, learning_rate)
-        probabilities = self.sampler.probabilities(self.step)
         self.step, self.tokens = self.step + 1, self.tokens + batch.tokens
 
         seconds = time.monotonic() - began
@@ -84,7 +91,7 @@ class Trainer:
     def teach_sampler(self) -> dict[str, dict[str, float]]:
         """Measure what the sampler wants to know before it plans the step; return what the log tells of it."""
         wish = self.sampler.wish(self.step)
-        if wish is None:
+        if wish is None or wish is Wish.STEP:
             return {}
         return self.sampler.learn(self.step, self.probe.measure(wish))
 
