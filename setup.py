@@ -26,6 +26,7 @@ setup(
         "numpy",
         "scipy",
         "scikit-learn",
+        "matplotlib",
         "pyarrow",
         "zstandard",
         "tensorboard",
@@ -34,7 +35,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "ruff", "triton>=3.6", "liger-kernel>=0.8.5", "opacus>=1.6"],
-        "benchmarks": ["accelerate", "matplotlib", "liger-kernel>=0.8.5", "opacus>=1.6"],
+        "benchmarks": ["accelerate", "liger-kernel>=0.8.5", "opacus>=1.6"],
         "salient": ["spacy>=3.8"],
         "track": ["wandb", "trackio"],
     },

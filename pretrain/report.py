@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from pretrain.errors import UserError
+from pretrain.report_picture import draw_run
 from pretrain.training.log import HELDOUT_START, read_metrics
 
 
@@ -79,8 +80,14 @@ def _number(value: float | None) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``medley report``."""
     parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="PNG to draw (default: RUN/report.png)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the report."""
+    """Print the report and draw its picture."""
     print(report(args.run))
+    path = args.picture or args.run / "report.png"
+    try:
+        print(f"picture: {draw_run(read_metrics(args.run), path)}")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; name another file with --picture") from None

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from matplotlib.axes import Axes
 
+from pretrain.cli import main as medley
 from pretrain.errors import UserError
 from pretrain.report import report
 
@@ -47,3 +49,27 @@ def test_scores_stand_beside_the_untrained_model_and_the_baseline(tmp_path):
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     with pytest.raises(UserError, match="is this a run folder"):
         report(tmp_path)
+
+
+def test_the_picture_has_a_panel_for_each_thing_the_sampler_told(tmp_path, capsys, monkeypatch):
+    told = {"alignments": {"mlm": 0.3, "cse": -0.1}, "rewards": {"all": 0.2}}
+    entries = []
+    for step in range(1, 8):
+        losses = {("mlm", "cse")[step % 2]: 1.0 / step}  # one objective a step
+        more = {"probabilities": {"mlm": 0.4, "cse": 0.6}, "sampler": told if step % 3 == 0 else {}}
+        entries.append({**record(step, 0.0), "losses": losses, **more})
+    entries[-1]["losses"] = {"mlm": None}  # a skipped step
+    entries[-1]["heldout"] = {"mlm": 2.0}
+    write(tmp_path, entries)
+    drawn = []
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, label: drawn.append((label, len(axes.lines))))
+    assert medley(["report", str(tmp_path)]) == 0
+    assert drawn == [("loss", 3), ("probability", 2), ("alignments", 2), ("rewards", 1)]
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "report.png") in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    write(tmp_path, [record(1, 8.0)])
+    assert medley(["report", str(tmp_path), "--picture", str(tmp_path / "nowhere" / "a.png")]) == 2
+    assert "--picture" in capsys.readouterr().err
