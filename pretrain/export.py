@@ -27,7 +27,9 @@ MARKS = ("config.json", "model.safetensors", "README.md")  # what tells an expor
 KINDS = ("masked-lm", "causal-lm", "seq2seq-lm", "discriminator", "generator", "sequence-classification", "backbone")
 
 
-def export(checkpoint: str | Path, out: str | Path, kind: str | None = None, *, overwrite: bool = False) -> Path:
+def export(
+    checkpoint: str | Path, out: str | Path, kind: str | None = None, *, overwrite: bool = False, best: bool = False
+) -> Path:
     """Write a checkpoint as a Hugging Face folder and return that folder.
 
     Args:
@@ -36,11 +38,12 @@ def export(checkpoint: str | Path, out: str | Path, kind: str | None = None, *, 
         kind: one of :data:`KINDS`; None takes what fits the objectives: a masked, causal or sequence-to-sequence
             language model where one was trained, ELECTRA's discriminator where only that was, else the backbone.
         overwrite: replace ``out`` if it exists.
+        best: take the run's checkpoint that scored best on dev, not the newest.
 
     Raises:
         UserError: if there is no good checkpoint, ``out`` exists, or the kind was not trained.
     """
-    folder, out = resolve_checkpoint(checkpoint), Path(out)
+    folder, out = resolve_checkpoint(checkpoint, best), Path(out)
     if out.resolve() in (folder, *folder.parents):
         raise UserError(f"{out}: holds the checkpoint that is to be exported; choose another --out")
     manifest = checkpoints.verify(folder)
@@ -55,9 +58,13 @@ def export(checkpoint: str | Path, out: str | Path, kind: str | None = None, *, 
     return out
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """Return ``path`` if it is a checkpoint, or the newest good checkpoint if it is a run folder."""
+def resolve_checkpoint(path: str | Path, best: bool = False) -> Path:
+    """Return ``path`` if it is a checkpoint, or the newest good checkpoint (the ``best``) if it is a run folder."""
     path = Path(path).resolve()
+    if best:
+        if (found := checkpoints.best(path)) is None:
+            raise UserError(f"{path}: no run with a best checkpoint; a run with early stopping has one (stopping.…)")
+        return found
     if (path / "checkpoints").is_dir():
         newest = checkpoints.newest(path)
         if newest is None:
@@ -173,6 +180,7 @@ The whole recipe:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``medley export``."""
     parser.add_argument("checkpoint", help="a checkpoint, or a run folder (its newest good checkpoint)")
+    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint that scored best on dev")
     parser.add_argument("--out", metavar="FOLDER", help="default: RUN/export")
     parser.add_argument("--as", dest="kind", choices=KINDS, help="default: what fits the objectives")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -181,7 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run ``medley export``."""
     disable_progress_bar()
-    folder = resolve_checkpoint(args.checkpoint)
+    folder = resolve_checkpoint(args.checkpoint, args.best)
     if args.out is None and folder.parent.name != "checkpoints":
         raise UserError(f"{folder}: is in no run's folder; say with --out where the export goes")
     out = Path(args.out) if args.out else folder.parents[1] / "export"

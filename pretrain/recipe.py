@@ -76,6 +76,17 @@ class HeldoutConfig(Config):
     nothing."""
 
 
+class StoppingConfig(Config):
+    """Early stopping by the score on the end task's dev split."""
+
+    interval_steps: int = Field(0, ge=0)
+    """Steps between scorings, the last step always included; 0 scores nothing and stops nothing."""
+    patience: int = Field(20, ge=1)
+    """Scorings without improvement after which the run ends."""
+    metric: str | None = None
+    """What shall rise; null: accuracy, or Spearman's correlation for numbers."""
+
+
 class CheckpointConfig(Config):
     """When the run is saved."""
 
@@ -110,6 +121,7 @@ class Recipe(Config):
     """Which objectives a step trains: the sampler's ``name`` and its keys."""
     training: TrainingConfig
     heldout: HeldoutConfig = HeldoutConfig()
+    stopping: StoppingConfig = StoppingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     impl: Literal["auto", "triton", "torch"] = "auto"

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``checkpoints/step-00000100``. It is written under another name, listed in ``manifest.json``
 with the size and sha256 of every file, renamed, and only then named in ``checkpoints/latest``. Whatever lacks a
-manifest that verifies does not count.
+manifest that verifies does not count. ``checkpoints/best`` names the best one of a run that is scored.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from pretrain.data.output import sync
 from pretrain.errors import UserError
 
-MANIFEST, LATEST, _PARTIAL, _ASIDE = "manifest.json", "latest", ".partial", "abandoned-"
+MANIFEST, LATEST, BEST, _PARTIAL, _ASIDE = "manifest.json", "latest", "best", ".partial", "abandoned-"
 _BLOCK_BYTES = 1 << 22
 
 
@@ -45,11 +45,23 @@ def publish(run: Path, step: int, facts: dict) -> Path:
     partial.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
     sync(final.parent)
-    pointer = final.parent / f"{LATEST}.new"
-    _write(pointer, final.name + "\n")
-    pointer.replace(final.parent / LATEST)
-    sync(final.parent)
+    _point(LATEST, final)
     return final
+
+
+def mark_best(run: Path, step: int) -> None:
+    """Name the checkpoint after ``step`` steps the best; where there is none, no checkpoint is named."""
+    folder = folder_of(run, step)
+    if folder.is_dir():
+        _point(BEST, folder)
+    else:
+        (folder.parent / BEST).unlink(missing_ok=True)
+
+
+def best(run: Path) -> Path | None:
+    """Return the run's best checkpoint, verified or not, or None."""
+    pointer = run / "checkpoints" / BEST
+    return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
 
 
 def verify(folder: Path) -> dict:
@@ -110,8 +122,8 @@ def set_aside(run: Path, after: int) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints, and what interrupted saves left."""
-    for folder in candidates(run)[keep:]:
+    """Remove all but the ``keep`` newest checkpoints and the best one, and what interrupted saves left."""
+    for folder in (each for each in candidates(run)[keep:] if each != best(run)):
         (folder / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint must not look whole
         shutil.rmtree(folder)
     for leftover in (run / "checkpoints").glob(f"*{_PARTIAL}"):
@@ -124,6 +136,14 @@ def _describe(path: Path) -> dict:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _point(name: str, folder: Path) -> None:
+    """Have the file ``name`` beside a checkpoint say that checkpoint's name."""
+    new = folder.with_name(f"{name}.new")
+    _write(new, folder.name + "\n")
+    new.replace(folder.with_name(name))
+    sync(folder.parent)
 
 
 def _write(path: Path, text: str) -> None:

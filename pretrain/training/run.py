@@ -19,6 +19,7 @@ from pretrain.training import checkpoint
 from pretrain.training.build import Parts, build, device_type
 from pretrain.training.dry_run import dry_run
 from pretrain.training.ds_config import resolve_ds_config
+from pretrain.training.early_stopping import check_stopping
 from pretrain.training.engine import Engine, init_distributed, shutdown_distributed
 from pretrain.training.log import RunLog, check_trackers
 from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
@@ -113,6 +114,7 @@ def _run(args: argparse.Namespace, kind: Kind) -> None:
             bf16 = ds_config.get("bf16", {}).get("enabled", False)
             parts = kind.build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
             lr_scales = _lr_scales(recipe, parts, kind)
+            check_stopping(parts)
             start = _starting_point(recipe, args.resume, rank, kind) if not args.dry_run else None
             if rank == 0 and not args.dry_run:
                 lock = _make_folder(recipe)
@@ -189,11 +191,14 @@ def _train(trainer: Trainer, start: Path | None, ds_config: dict) -> None:
         for name, objective in parts.model.objectives.items():
             for note in objective.notes:
                 trainer.log.say(f"note: {name}: {note}")
+        idle = trainer.finished
         trainer.train()
-        if trainer.stopping and trainer.step < recipe.training.steps:
+        if trainer.stopping and not trainer.finished:
             trainer.log.say(f"stopped on request after step {trainer.step}; the same command goes on from there")
         elif trainer.step > recipe.training.steps:
             trainer.log.say(f"nothing to do: the run has {trainer.step} steps already (training.steps)")
+        elif trainer.early.exhausted:
+            trainer.log.say(("nothing to do: " if idle else "") + trainer.early.verdict(trainer.step))
         elif trainer.skipped:
             trainer.log.say(f"done; {trainer.skipped} steps were skipped because their loss or gradient was not finite")
         else:

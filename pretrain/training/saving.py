@@ -35,6 +35,7 @@ def save(trainer: "Trainer") -> None:
             _write_facts(trainer, partial)
             facts = {"world_size": engine.world_size, "zero_stage": engine.stage}
             trainer.log.say(f"saved {checkpoint.publish(run, step, facts)}")
+            _mark_best(trainer)
     except (OSError, RuntimeError, SafetensorError) as error:
         if engine.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -67,6 +68,12 @@ def resume(trainer: "Trainer", folder: Path) -> None:
     trainer.engine.load(folder / "engine")
     if trainer.engine.rank == 0:
         checkpoint.set_aside(trainer.run, after=trainer.step)
+        _mark_best(trainer)
+
+
+def _mark_best(trainer: "Trainer") -> None:
+    if trainer.early:
+        checkpoint.mark_best(trainer.run, trainer.early.best_step)
 
 
 def check_agreement(trainer: "Trainer") -> None:

@@ -14,6 +14,7 @@ from pretrain.objectives import View
 from pretrain.sampling import Wish
 from pretrain.sampling.tartan import MetaTartanSampler
 from pretrain.training.build import Parts
+from pretrain.training.early_stopping import EarlyStopping
 from pretrain.training.engine import Engine
 from pretrain.training.flops import FlopCounter
 from pretrain.training.heldout import HeldoutProbe
@@ -26,7 +27,8 @@ from pretrain.training.tartan import DevGradient, accumulate_apart
 
 
 class Trainer:
-    """Trains the model of some :class:`Parts` on all ranks, until the last step or until asked to stop."""
+    """Trains the model of some :class:`Parts` on all ranks, until the last step, until dev's score rises no more, or
+    until asked to stop."""
 
     def __init__(self, parts: Parts, engine: Engine, stop: StopRequest):
         recipe = parts.recipe
@@ -37,6 +39,7 @@ class Trainer:
         self.heldout = HeldoutProbe(parts, engine)
         self.probe = SamplerProbe(parts, engine)
         self.dev_gradient = DevGradient(parts, engine) if isinstance(parts.sampler, MetaTartanSampler) else None
+        self.early = EarlyStopping(parts, engine)
         self.flops = FlopCounter(parts, engine)
         self.log: RunLog | SilentLog = SilentLog()
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
@@ -46,8 +49,10 @@ class Trainer:
         """Run the remaining steps; save at intervals, at the end, and when asked to stop."""
         if self.step == 0 and self.heldout:
             self.note_start(self.heldout.losses())
-        while self.step < self.config.steps and not self.stopping:
+        while not self.finished and not self.stopping:
             record = self.train_step()
+            if self.early.is_due(self.step):
+                record["dev"] = self.early.score(self.step)
             if self.heldout_is_due():
                 record["heldout"] = self.heldout.losses()
             self.log.step(record)
@@ -165,16 +170,21 @@ class Trainer:
             )
         return None
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has had its last step."""
+        return self.step >= self.config.steps or self.early.exhausted
+
     def heldout_is_due(self) -> bool:
         """Whether held-out losses belong to the step just done."""
-        interval, last = self.recipe.heldout.interval_steps, self.step == self.config.steps
-        due = last or (interval > 0 and self.step % interval == 0)
-        return bool(self.heldout) and due and (last or not self.stopping)  # who asks to stop may not wait
+        interval = self.recipe.heldout.interval_steps
+        due = interval > 0 and self.step % interval == 0 and not self.stopping  # who asks to stop may not wait
+        return bool(self.heldout) and (due or self.finished)
 
     def save_is_due(self) -> bool:
         """Whether the step just done is one to save."""
-        last = self.step == self.config.steps
-        return self.stopping or last or self.step % self.recipe.checkpoint.interval_steps == 0
+        best = bool(self.early) and self.early.best_step == self.step
+        return self.stopping or self.finished or best or self.step % self.recipe.checkpoint.interval_steps == 0
 
     def note_start(self, losses: dict[str, float]) -> None:
         """Say and keep the held-out losses of the untrained model."""
@@ -186,7 +196,7 @@ class Trainer:
         """Return all that decides how the run goes on, besides the engine's states; the same on every rank."""
         counters = {name: getattr(self, name) for name in ("step", "tokens", "skipped", "skipped_in_a_row")}
         data = {name: each.fingerprint for name, each in self.model.objectives.items() if each.fingerprint}
-        stateful = {"loader": self.loader, "sampler": self.sampler, "probe": self.probe}
+        stateful = {"loader": self.loader, "sampler": self.sampler, "probe": self.probe, "stopping": self.early}
         states = {name: each.state_dict() for name, each in stateful.items()}
         return {**counters, **states, "objective_data": data}
 
@@ -202,5 +212,6 @@ class Trainer:
         self.loader.load_state_dict(state["loader"])
         self.sampler.load_state_dict(state["sampler"])
         self.probe.load_state_dict(state.get("probe", {}))
+        self.early.load_state_dict(state.get("stopping", self.early.state_dict()))
         for name in ("step", "tokens", "skipped", "skipped_in_a_row"):
             setattr(self, name, state[name])
