@@ -9,12 +9,12 @@ import os
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
 from pretrain.training.flat import Flat, Fragment
 
 _REDUCE_ELEMENTS = 500_000_000  # stage 0: elements reduced in one call
-_NO_MICRO_STEP = -1  # stages 1 and 2 count up before the first gradient of a backward
 
 
 def flats(engine: DeepSpeedEngine) -> list[Flat]:
@@ -75,7 +75,7 @@ def forget_gradients(engine: DeepSpeedEngine) -> None:
         optimizer.grad_partitions_flat_buffer.zero_()
         offloaded = optimizer.offload_optimizer
     else:
-        optimizer.micro_step_id = _NO_MICRO_STEP
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
         for index in optimizer.averaged_gradients:
             optimizer.averaged_gradients[index] = None
         for index in optimizer.all_grad_tensors:
@@ -90,11 +90,11 @@ def forget_gradients(engine: DeepSpeedEngine) -> None:
 
 @torch.no_grad()
 def read_gradient(engine: DeepSpeedEngine) -> list[Tensor]:
-    """Return a copy of this rank's part of what the backwards since ``forget_gradients`` add up to; all ranks call it.
+    """Return a copy of this rank's part of what the backwards since ``forget_gradients`` add up to.
 
-    One fp32 tensor a flat, laid out like its master, zero where no backward came by; at stage 0 the rank's slice of each
-    parameter. Nothing is finalised as ``engine.step()`` would: stages 2 and 3 have summed the shards in each backward,
-    and stages 0 and 1 have only this rank's gradients of whole parameters, whose mean over ranks is taken here.
+    One fp32 tensor a flat, laid out like its master and zero where no backward came by; at stage 0 the rank's slice of
+    each parameter. All ranks call it. Nothing is finalised as ``engine.step()`` would: stages 2 and 3 sum the shards in
+    every backward, and stages 0 and 1 have this rank's own gradients of whole parameters, averaged here one by one.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     cut = _shards(engine)
@@ -109,17 +109,19 @@ def read_gradient(engine: DeepSpeedEngine) -> list[Tensor]:
     else:
         for index, (flat, part) in enumerate(zip(cut, parts, strict=True)):
             whole = _summed_by_parameter(engine, index, flat)
-            if stage < 2:
-                whole = {id(each): _mean_over_ranks(each, whole.get(id(each))) for each in flat.parameters}
-            for fragment in flat.fragments:
-                if (summed := whole.get(id(fragment.parameter))) is not None:
+            own = {id(fragment.parameter): fragment for fragment in flat.fragments}
+            for parameter in flat.parameters:
+                summed = whole.get(id(parameter))
+                if stage < 2:
+                    summed = _mean_over_ranks(parameter, summed)
+                if summed is not None and (fragment := own.get(id(parameter))) is not None:
                     fragment.of(part).copy_(fragment.within(summed))
     return parts
 
 
 @torch.no_grad()
 def write_gradient(engine: DeepSpeedEngine, parts: list[Tensor]) -> None:
-    """Replace the accumulated gradient by ``parts``, such as ``read_gradient`` gives, as if a backward had left them."""
+    """Replace the accumulated gradient by ``parts``, such as ``read_gradient`` gives, as if a backward left them."""
     forget_gradients(engine)
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     cut = _shards(engine)
@@ -145,7 +147,7 @@ def write_gradient(engine: DeepSpeedEngine, parts: list[Tensor]) -> None:
     elif stage == 2 and optimizer.cpu_offload:
         ids = {optimizer.get_param_id(each.parameter) for flat in cut for each in flat.fragments}
         optimizer._offload_accumulated_param_ids |= ids
-        optimizer.micro_step_id = _NO_MICRO_STEP + 1
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID + 1  # has the next backward add
 
 
 def _shards(engine: DeepSpeedEngine) -> list[Flat]:
@@ -198,9 +200,9 @@ def _make_sums(engine: DeepSpeedEngine, index: int, flat: Flat) -> None:
         return
     parameters = optimizer.params_in_partition[index]
     if optimizer.cpu_offload:
-        for parameter in parameters:
-            summed = torch.zeros(parameter.numel(), device=optimizer.device)
-            optimizer.accumulated_grads_in_cpu.setdefault(optimizer.get_param_id(parameter), summed)
+        sums = optimizer.accumulated_grads_in_cpu  # forget_gradients has zeroed those there are
+        for each in (each for each in parameters if optimizer.get_param_id(each) not in sums):
+            sums[optimizer.get_param_id(each)] = torch.zeros(each.numel(), device=optimizer.device)
     else:
         optimizer.all_grad_tensors[index] = [torch.zeros_like(each) for each in parameters]
 

@@ -131,7 +131,7 @@ def test_half_a_launchers_environment_is_refused(monkeypatch):
 
 
 PRIVATE = {
-    1: ["averaged_gradients", "all_grad_tensors", "single_partition_of_fp32_groups", "bit16_groups"],
+    1: ["averaged_gradients", "all_grad_tensors", "single_partition_of_fp32_groups", "bit16_groups", "micro_step_id"],
     3: ["grad_partitions_flat_buffer", "fp32_partitioned_groups_flat", "fp16_groups"],
 }
 PRIVATE_OFFLOAD = {
