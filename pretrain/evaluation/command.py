@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tuning.add_argument("--batch", type=int, default=defaults.batch, help="samples a step (default: %(default)s)")
     tuning.add_argument("--max-length", type=int, default=defaults.max_length, help="tokens (default: %(default)s)")
     tuning.add_argument("--seeds", type=int, default=defaults.seeds, metavar="N", help="seeds 0 to N-1 (default: 5)")
+    tuning.add_argument("--patience", type=int, metavar="N", help="end after N epochs without improvement on dev")
     tuning.add_argument("--max-train", type=int, metavar="N", help="use at most N training samples")
     tuning.add_argument(
         "--metric", help=f"chooses the epoch: {', '.join(CLASSIFICATION)}; for regression {', '.join(REGRESSION)}"
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
         batch=args.batch,
         max_length=args.max_length,
         seeds=args.seeds,
+        patience=args.patience,
         max_train=args.max_train,
         metric=args.metric,
         untrained=args.untrained,

@@ -38,7 +38,12 @@ class Settings:
     max_length: int = 128
     """Tokens of a sample, special tokens included; what is beyond is cut."""
     seeds: int = 5
-    """Number of runs, with the seeds 0, 1, …"""
+    """Number of runs, with consecutive seeds."""
+    first_seed: int = 0
+    """The first run's seed."""
+    patience: int | None = None
+    """Epochs without improvement on dev after which a run ends; None for never. The learning rate falls as if it did
+    not."""
     max_train: int | None = None
     """Most training samples to use."""
     metric: str | None = None
@@ -47,7 +52,14 @@ class Settings:
     """Draw all weights at random: the control."""
 
     def __post_init__(self):
-        for name, least in {"epochs": 1, "batch": 1, "seeds": 1, "max_length": 4, "max_train": 2}.items():
+        for name, least in {
+            "epochs": 1,
+            "batch": 1,
+            "seeds": 1,
+            "max_length": 4,
+            "max_train": 2,
+            "patience": 1,
+        }.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -176,7 +188,8 @@ class Finetuner:
 def fine_tune(
     tuner: Finetuner, splits: dict[str, EncodedSplit], metric: str, seed: int, log: Callable[[str], None]
 ) -> SeedResult:
-    """Train for all epochs; score test once, with the weights of the epoch (the first of equals) best on dev.
+    """Train for all epochs, or until dev improves no more; score test once, with the weights of the epoch (the first of
+    equals) best on dev.
 
     Sets torch's random state: order and dropout are functions of ``seed`` alone.
 
@@ -200,6 +213,8 @@ def fine_tune(
             if epoch == 0 or by_epoch[-1] > by_epoch[chosen]:
                 chosen, dev_chosen = epoch, dev
                 weights = {key: value.clone() for key, value in tuner.model.state_dict().items()}
+            if settings.patience is not None and epoch - chosen >= settings.patience:
+                break
         tuner.model.load_state_dict(weights)
         test = tuner.score(splits["test"])
     except torch.cuda.OutOfMemoryError:

@@ -81,17 +81,33 @@ def load_tokenizer(source: str) -> Tokenizer:
     return tokenizer
 
 
+def head_labels(source: str) -> list[str] | None:
+    """Return what the outputs of a model's own head for sequence classification stand for; None if it has none."""
+    with _loading("the model", source):
+        config = AutoConfig.from_pretrained(source)
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return [config.id2label[output] for output in range(config.num_labels)] if classifies else None
+
+
 def load_classifier(
-    source: str, tokenizer: Tokenizer, outputs: int, *, untrained: bool = False
+    source: str, tokenizer: Tokenizer, outputs: int, *, untrained: bool = False, new_head: bool = True
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load an fp32 encoder with a fresh head of ``outputs`` logits; see :func:`load_with_head`."""
-    return load_with_head(AutoModelForSequenceClassification, source, tokenizer, outputs, untrained=untrained)
+    """Load an fp32 encoder with a head of ``outputs`` logits, the source's own unless ``new_head`` is set; the rest is
+    as in :func:`load_with_head`."""
+    auto = AutoModelForSequenceClassification
+    model, random = load_with_head(auto, source, tokenizer, outputs, untrained=untrained)
+    if new_head and not untrained and head_labels(source) is not None:
+        drawn = auto.from_config(model.config, dtype=torch.float32)
+        drawn.base_model.load_state_dict(model.base_model.state_dict())
+        model = drawn
+    return model, random
 
 
 def load_with_head(
     auto: type, source: str, tokenizer: Tokenizer, outputs: int, *, untrained: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load an fp32 encoder with a fresh head of ``outputs`` logits, drawn from torch's current random state.
+    """Load an fp32 encoder with a head of ``outputs`` logits, drawn from torch's current random state unless the source
+    has such a head.
 
     Args:
         auto: transformers' auto class of models with such a head.

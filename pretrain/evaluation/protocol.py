@@ -14,7 +14,14 @@ from pretrain.data.tasks import Task, limit_train, load_task
 from pretrain.errors import unknown
 from pretrain.evaluation.finetune import Finetuner, SeedResult, Settings, encode, fine_tune
 from pretrain.evaluation.metrics import baseline, metric_names, summarise, undefined_note
-from pretrain.evaluation.model import hugging_face_source, input_names, load_classifier, load_tokenizer, longest_input
+from pretrain.evaluation.model import (
+    head_labels,
+    hugging_face_source,
+    input_names,
+    load_classifier,
+    load_tokenizer,
+    longest_input,
+)
 
 FORMAT_VERSION = 1
 
@@ -96,11 +103,19 @@ def _run_seeds(
     source: str, task: Task, settings: Settings, metric: str, notes: _Notes, log: Callable[[str], None]
 ) -> list[SeedResult]:
     tokenizer = load_tokenizer(source)
-    splits, results = {}, []
-    for seed in range(settings.seeds):
+    splits, results, known = {}, [], head_labels(source)
+    fits = known == task.label_names  # numbers have no names, and a head for them another scale than the targets
+    if not fits and known is not None and not settings.untrained:
+        listed = ", ".join([*known[:5], *["…"] * (len(known) > 5)])
+        notes.add(f"the model has a head for {listed}, which is not this task's: a new one is trained")
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         torch.manual_seed(seed)  # draws the head
         model, random = load_classifier(
-            source, tokenizer, 1 if task.regression else len(task.label_names), untrained=settings.untrained
+            source,
+            tokenizer,
+            1 if task.regression else len(task.label_names),
+            untrained=settings.untrained,
+            new_head=not fits,
         )
         if not splits:
             if random:

@@ -44,6 +44,19 @@ def test_test_is_scored_once_with_the_weights_of_the_first_epoch_best_on_dev(scr
     assert (result.epoch, result.dev.values["accuracy"], result.dev_by_epoch) == (best, max(script), script)
 
 
+@pytest.mark.parametrize(
+    ("script", "patience", "epochs"),
+    [([0.5, 0.4, 0.5, 0.9], 2, 3), ([0.5, 0.4, 0.6, 0.5, 0.6, 0.9], 3, 6), ([0.5, 0.6], 1, 2), ([0.5, 0.5], 1, 2)],
+)
+def test_training_ends_after_epochs_without_improvement_on_dev(script, patience, epochs):
+    splits = {"train": encoded(5), "dev": encoded(3), "test": encoded(3)}
+    tuner = Scripted(splits["dev"], script)
+    tuner.settings = Settings(epochs=len(script), patience=patience)
+    result = fine_tune(tuner, splits, "accuracy", seed=0, log=lambda line: None)
+    assert result.dev_by_epoch == script[:epochs] and len(result.loss_by_epoch) == epochs
+    assert tuner.tested_with == [script.index(max(script[:epochs])) + 1]
+
+
 def test_dropout_depends_on_the_seed_alone():
     splits = {"train": encoded(5), "dev": encoded(3), "test": encoded(3)}
     draws = []
@@ -81,7 +94,9 @@ def test_encoding_keeps_the_limit_and_counts_what_it_cut(tokenizer):
     assert data.labels.tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch": 0}, {"seeds": 0}, {"max_length": 1}, {"lr": 5.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"batch": 0}, {"seeds": 0}, {"max_length": 1}, {"lr": 5.0}, {"patience": 0}]
+)
 def test_settings_out_of_range_name_the_option(wrong):
     with pytest.raises(UserError, match="--" + next(iter(wrong)).replace("_", "-")):
         Settings(**wrong)

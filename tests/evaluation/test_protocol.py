@@ -4,11 +4,12 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from pretrain.data.tasks import load_task
 from pretrain.errors import UserError
 from pretrain.evaluation import Settings, evaluate
+from pretrain.evaluation.model import load_classifier
 from tests.evaluation.conftest import BAD, GOOD, make_tokenizer, sentence, write_task
 
 QUICK = Settings(epochs=5, lr=5e-3, batch=16, max_length=24, seeds=2)
@@ -155,3 +156,46 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny_bert, sentiment, tmp_
     tokenizer.save_pretrained(mixed)
     with pytest.raises(UserError, match="tokens, the model"):
         evaluate(mixed, sentiment, QUICK, quiet)
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_bert, tmp_path_factory):
+    """Folder of a sequence classifier for the labels bad and good, as an export would be."""
+    folder = tmp_path_factory.mktemp("models") / "classifier"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        names = {0: "bad", 1: "good"}
+        model = BertForSequenceClassification.from_pretrained(
+            tiny_bert, id2label=names, label2id={name: i for i, name in names.items()}
+        )
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def head_of(source, tokenizer, **keys) -> torch.Tensor:
+    return load_classifier(str(source), tokenizer, 2, **keys)[0].classifier.weight
+
+
+def test_a_head_for_the_tasks_labels_in_their_order_is_kept_and_any_other_gives_way(
+    classifier, tiny_bert, tokenizer, sentiment
+):
+    kept = BertForSequenceClassification.from_pretrained(classifier)
+    assert torch.equal(head_of(classifier, tokenizer, new_head=False), kept.classifier.weight)
+    drawn, random = load_classifier(str(classifier), tokenizer, 2)
+    assert not torch.equal(drawn.classifier.weight, kept.classifier.weight) and not random
+    state = kept.base_model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in drawn.base_model.state_dict().items())
+    untouched = Settings(epochs=1, lr=1e-9, max_length=24, seeds=2)  # the scores are those of the head it begins with
+    task, notes = load_task(sentiment), []
+    runs = evaluate(classifier, task, untouched, notes.append)["runs"]
+    assert runs[0]["dev"] == runs[1]["dev"] and not any("head" in note for note in notes)
+    flip = {"good": "bad", "bad": "worse"}
+    renamed = dataclasses.replace(task, label_names=[flip[name] for name in reversed(task.label_names)])
+    result = evaluate(classifier, renamed, untouched, notes.append)
+    assert any("a head for bad, good, which is not this task's: a new one is trained" in n for n in result["notes"])
+
+
+def test_runs_begin_with_the_first_seed(tiny_bert, sentiment, learnt):
+    (run,) = evaluate(tiny_bert, sentiment, dataclasses.replace(QUICK, seeds=1, first_seed=1), quiet)["runs"]
+    assert without_time([run]) == without_time(learnt["runs"][1:])
