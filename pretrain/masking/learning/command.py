@@ -6,6 +6,7 @@ import importlib
 # name → (module with ``add_arguments(parser)`` and ``run(args)``, help line)
 METHODS = {
     "supervised": ("pretrain.masking.learning.supervised", "from answers marked in their contexts"),
+    "meta": ("pretrain.masking.learning.meta", "from what helps an end task"),
 }
 
 
