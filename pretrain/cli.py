@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": ("pretrain.data.prepare", "turn text into a token store"),
     "annotate": ("pretrain.data.annotate", "mark a prepared corpus for masking: names and dates, parts of speech"),
     "learn-mask": ("pretrain.masking.learning.command", "learn which spans to mask"),
+    "tartan": ("pretrain.tartan", "train an end task together with auxiliary objectives, then alone"),
     "evaluate": ("pretrain.evaluation.command", "fine-tune a model on an end task over several seeds"),
     "export": ("pretrain.export", "turn a checkpoint into a Hugging Face folder"),
     "report": ("pretrain.report", "print a run's table: losses at start and end, speed, end-task scores"),

@@ -73,11 +73,16 @@ def run(args: argparse.Namespace) -> None:
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"{out}: cannot be written; name another file with --out")
     result = evaluate(args.model, task, settings)
+    write(result, out)
+    print(table(result))
+    print(f"written: {out}")
+
+
+def write(result: dict, out: Path) -> None:
+    """Write a result as JSON; the file is there whole or not at all."""
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(out)
-    print(table(result))
-    print(f"written: {out}")
 
 
 def default_output(model: str, task: str, untrained: bool) -> Path:

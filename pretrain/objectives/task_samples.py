@@ -47,6 +47,17 @@ class TaskConfig(Config):
     samples_per_row: int = Field(1, ge=1)
     """Labelled samples that each row of the batch draws: a step has ``training.batch_rows`` times as many."""
 
+    def load(self) -> Task:
+        """Load the task; raises what :func:`pretrain.data.tasks.load_task` does."""
+        return load_task(
+            self.task,
+            text_field=self.text_field,
+            pair_field=self.pair_field,
+            label_field=self.label_field,
+            config=self.dataset_config,
+            regression=self.regression,
+        )
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -85,6 +96,7 @@ class TaskObjective(Objective):
     """An objective on the samples of a labelled task, which the rows of the batch draw."""
 
     rows_are_units = True
+    samples_have_gradients = False
 
     def __init__(self, config, vocabulary, seed, impl="auto"):
         super().__init__(config, vocabulary, seed, impl)
@@ -95,14 +107,7 @@ class TaskObjective(Objective):
     def prepare(self, tokenizer, longest: int) -> None:
         config = self.config
         try:
-            self.task = load_task(
-                config.task,
-                text_field=config.text_field,
-                pair_field=config.pair_field,
-                label_field=config.label_field,
-                config=config.dataset_config,
-                regression=config.regression,
-            )
+            self.task = config.load()
         except UserError as error:  # names options of the command line, where here they are keys
             keys = re.sub(r"--([a-z-]+)", lambda option: option[1].replace("-", "_"), str(error))
             raise UserError(f"objectives.{self.name}.task: {keys}") from None
