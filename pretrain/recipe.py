@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr
 
 from pretrain.config import Config, apply_overrides, parse, read_yaml
 from pretrain.errors import UserError
+from pretrain.influence import WeigherConfig, parse_weigher
 from pretrain.model.encoder import ModelConfig
 from pretrain.objectives.base import parse_objectives
 from pretrain.sampling import SamplerConfig, parse_sampler
@@ -119,6 +120,8 @@ class Recipe(Config):
     """Objective → its keys."""
     sampler: dict[str, Any] = {}
     """Which objectives a step trains: the sampler's ``name`` and its keys."""
+    weigher: dict[str, Any] = {}
+    """How much each sample of a step counts: the weigher's ``name`` and its keys."""
     training: TrainingConfig
     heldout: HeldoutConfig = HeldoutConfig()
     stopping: StoppingConfig = StoppingConfig()
@@ -130,6 +133,7 @@ class Recipe(Config):
 
     _objective_configs: dict[str, Config] = PrivateAttr()
     _sampler_config: SamplerConfig = PrivateAttr()
+    _weigher_config: WeigherConfig = PrivateAttr()
     _source: str = PrivateAttr("recipe")
 
     @property
@@ -141,6 +145,11 @@ class Recipe(Config):
     def sampler_config(self) -> SamplerConfig:
         """The sampler's validated configuration."""
         return self._sampler_config
+
+    @property
+    def weigher_config(self) -> WeigherConfig:
+        """The weigher's validated configuration."""
+        return self._weigher_config
 
     @property
     def source(self) -> str:
@@ -163,6 +172,7 @@ class Recipe(Config):
         configs = self.objective_configs.items()
         document["objectives"] = {name: config.model_dump(mode="json", by_alias=True) for name, config in configs}
         document["sampler"] = self.sampler_config.model_dump(mode="json", by_alias=True)
+        document["weigher"] = self.weigher_config.model_dump(mode="json", by_alias=True)
         path.write_text(yaml.safe_dump(document, sort_keys=False))
 
 
@@ -181,5 +191,6 @@ def recipe_from(document: dict, where: str, kind: type[R] = Recipe) -> R:
     recipe = parse(kind, document, where)
     recipe._objective_configs = parse_objectives(recipe.objectives, where)
     recipe._sampler_config = parse_sampler(recipe.sampler, where)
+    recipe._weigher_config = parse_weigher(recipe.weigher, where)
     recipe._source = where
     return recipe

@@ -42,6 +42,7 @@ DOCUMENTS = {
             "cse": None,
         },
         "sampler": {"name": "proportional", "shares": {"mlm": 1, "rtd": 2, "cse": 0}},
+        "weigher": {"name": "presence", "temperature": {"schedule": "cosine", "from": 1, "to": -1}},
     },
     "checkpoint": {**SMALLEST, "model": {"checkpoint": "some/folder", "dropout": 0.1}},
     "overrides": {**SMALLEST, "model": {"family": "gpt2", "size": None, "overrides": {"n_embd": 64}}},
@@ -56,7 +57,8 @@ def test_a_saved_recipe_loads_as_the_same_recipe(document, tmp_path):
     again = load_recipe(tmp_path / "saved.yaml")
     assert again.objective_configs == recipe.objective_configs
     assert again.sampler_config == recipe.sampler_config
-    for key in set(Recipe.model_fields) - {"objectives", "sampler"}:
+    assert again.weigher_config == recipe.weigher_config
+    for key in set(Recipe.model_fields) - {"objectives", "sampler", "weigher"}:
         assert getattr(again, key) == getattr(recipe, key), key
     assert again.model.model_fields_set <= set(again.model.model_dump())
     again.save(tmp_path / "twice.yaml")

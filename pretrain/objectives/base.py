@@ -74,6 +74,8 @@ class Objective(ABC):
     """Whether it needs an encoder–decoder, which reads a source and writes a target; the others take none."""
     needs_dropout: ClassVar[bool] = False
     """Whether the loss means nothing without dropout, so that dropout stays on when it is evaluated."""
+    couples_samples: ClassVar[bool] = False
+    """Whether samples decide each other's losses, so that none has a gradient of its own."""
     rows_are_units: ClassVar[bool] = False
     """Whether rows decide what is trained, not samples: a sample's part then depends on the samples it shares its row
     with."""

@@ -57,6 +57,7 @@ class ContrastiveSentenceEmbeddings(Objective):
     Config = CSEConfig
     heads = ("embedding",)
     needs_dropout = True
+    couples_samples = True
 
     @property
     def rows_together(self) -> int:

@@ -80,9 +80,16 @@ class Draw:
     def weights(self, weights: torch.Tensor | None) -> torch.Tensor | None:
         """Return ``[drawn]`` float32: to each drawn sample the weight of its owner, from ``weights [S]``; None means
         1."""
-        if weights is None:
-            return None
-        return _at(self.owners, weights).repeat_interleave(len(self.counted) // max(1, len(self.owners)))
+        return None if weights is None else self._each(_at(self.owners, weights))
+
+    @property
+    def drawn_for(self) -> torch.Tensor:
+        """``[drawn]`` int64: the owner of each drawn sample, −1 where nothing was drawn."""
+        return torch.where(self.counted, self._each(self.owners), -1)
+
+    def _each(self, values: torch.Tensor) -> torch.Tensor:
+        """Repeat ``values [rows]`` for each sample that a row drew."""
+        return values.repeat_interleave(len(self.counted) // max(1, len(self.owners)))
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,6 @@ class TaskObjective(Objective):
     """An objective on the samples of a labelled task, which the rows of the batch draw."""
 
     rows_are_units = True
-    samples_have_gradients = False
 
     def __init__(self, config, vocabulary, seed, impl="auto"):
         super().__init__(config, vocabulary, seed, impl)
