@@ -38,6 +38,7 @@ def linear_cross_entropy_and_sample(
     soft_cap: float | None = None,
     capacity: int | None = None,
     chunk_rows: int | None = None,
+    squared_norms: bool = False,
     impl: str = "auto",
 ) -> Sampled:
     """Return the linear cross entropy and, from the same logits, a token per target: v with probability
@@ -64,6 +65,6 @@ def linear_cross_entropy_and_sample(
     sampling = Sampling(positions, segments, sample_ids, visits, seed & 0xFFFFFFFF, stream, temperature)
     terms = Terms(label_smoothing, z_loss, soft_cap)
     weights, limits = (sample_weights, token_weights), (capacity, chunk_rows, None)
-    arguments = (hidden, weight, bias, targets, segments, samples, weights, terms, limits, False, impl)
+    arguments = (hidden, weight, bias, targets, segments, samples, weights, terms, limits, squared_norms, impl)
     loss, output = evaluate(*arguments, sampling)
     return Sampled(loss, output[-1])

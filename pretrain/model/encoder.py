@@ -26,6 +26,7 @@ from pretrain.errors import UserError, nearest, unknown
 from pretrain.model.attention import NAME as PACKED_ATTENTION
 from pretrain.model.attention import Layout
 from pretrain.model.encoder_decoder import EncoderDecoder
+from pretrain.model.rows import rows_of
 from pretrain.model.sizes import SIZES
 from pretrain.model.vocabulary import Vocabulary
 from pretrain.model.vocabulary_head import VocabularyHead
@@ -147,7 +148,8 @@ class Encoder(nn.Module):
             inputs = {"position_ids": positions, "attention_mask": layout.batch.real.long()}
         if self.causal_only:
             inputs["use_cache"] = False
-        return self.backbone(input_ids=tokens, **inputs).last_hidden_state
+        with rows_of(layout.batch.segment_ids):
+            return self.backbone(input_ids=tokens, **inputs).last_hidden_state
 
 
 def _samples_in_a_row(samples: int, length: int) -> Batch:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from fused_objectives.targets import IGNORED
 from pretrain.errors import UserError
-from pretrain.model.projection import Score, scored
+from pretrain.model.projection import Score, Shifted, scored
 
 
 class EncoderDecoder(nn.Module):
@@ -115,10 +115,5 @@ class ProjectionHead(nn.Module):
         if score is None:
             logits = self.projection(hidden)
             return logits if self.bias is None else logits + self.bias
-        with scored(self.projection, lambda features, weight, own: score(features, weight, self._with_bias(own))):
+        with scored(self.projection, score if self.bias is None else Shifted(score, self.bias[0])):
             return self.projection(hidden)
-
-    def _with_bias(self, own: torch.Tensor | None) -> torch.Tensor | None:
-        if self.bias is None:
-            return own
-        return self.bias[0] if own is None else self.bias[0] + own

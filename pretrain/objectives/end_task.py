@@ -12,6 +12,7 @@ from pretrain.data.batch import Batch
 from pretrain.errors import UserError
 from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
+from pretrain.model.rows import owned_by, rows_of
 from pretrain.objectives.base import TermLoss, register
 from pretrain.objectives.task_samples import DrawnView, TaskConfig, TaskObjective
 
@@ -85,8 +86,10 @@ class EndTask(TaskObjective):
 
     def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
         draw = view.draw
-        features = self.features(model.encoder, draw.samples)
-        losses = self.losses(model.heads[self.name](features), view.labels) * draw.counted
+        with owned_by(draw.drawn_for):
+            features = self.features(model.encoder, draw.samples)
+            with rows_of(torch.arange(len(features), device=features.device)):
+                losses = self.losses(model.heads[self.name](features), view.labels) * draw.counted
         weighted = losses if weights is None else losses * draw.weights(weights)
         return {self.name: TermLoss(weighted.sum(), draw.per_sample(losses.detach(), len(view.batch.sample_ids)))}
 

@@ -3,14 +3,13 @@
 import torch
 from torch import nn
 
-from fused_objectives.detection import detection_loss
-from fused_objectives.generator_sampling import linear_cross_entropy_and_sample
-from fused_objectives.linear_cross_entropy import linear_cross_entropy
 from fused_objectives.targets import IGNORED, compact
 from pretrain.data.batch import Batch
 from pretrain.model.attention import Layout
 from pretrain.model.generator import Generator
+from pretrain.model.rows import rows_of
 from pretrain.objectives.base import LabelledView, TermLoss
+from pretrain.objectives.scores import CrossEntropyScore, DetectionScore, SamplingScore
 
 
 def vocabulary_loss(
@@ -44,19 +43,9 @@ def cross_entropies(
     labels = labels.reshape(-1)
     targets = compact(labels != IGNORED, capacity)
     segments = targets.take(segments.reshape(-1), padding=-1)
-    loss = head(
-        targets.take(hidden.flatten(0, 1)),
-        lambda features, weight, bias: linear_cross_entropy(
-            features,
-            weight,
-            targets.take(labels, padding=IGNORED),
-            segments,
-            samples,
-            bias=bias,
-            sample_weights=weights,
-            impl=impl,
-        ),
-    )
+    score = CrossEntropyScore(targets.take(labels, padding=IGNORED), segments, samples, weights, impl)
+    with rows_of(segments):
+        loss = head(targets.take(hidden.flatten(0, 1)), score)
     return TermLoss(loss.total + targets.overflow, loss.sums + targets.overflow)
 
 
@@ -79,19 +68,11 @@ def token_detection_loss(
         impl: which implementation the op takes.
     """
     places = compact(batch.real.reshape(-1))
-    loss = head(
-        places.take(hidden.flatten(0, 1)),
-        lambda features, weight, bias: detection_loss(
-            features,
-            weight[0],
-            places.take(labels.reshape(-1), padding=IGNORED),
-            places.take(batch.segment_ids.reshape(-1), padding=-1),
-            len(batch.sample_ids),
-            bias=bias,
-            sample_weights=weights,
-            impl=impl,
-        ),
-    )
+    labels = places.take(labels.reshape(-1), padding=IGNORED)
+    segments = places.take(batch.segment_ids.reshape(-1), padding=-1)
+    score = DetectionScore(labels, segments, len(batch.sample_ids), weights, impl)
+    with rows_of(segments):
+        loss = head(places.take(hidden.flatten(0, 1)), score)
     return TermLoss(loss.total, loss.sums)
 
 
@@ -121,25 +102,20 @@ def generator_loss(
     """
     batch, labels = view.batch, view.labels.reshape(-1)
     targets = compact(labels != IGNORED, view.capacity)
-    loss, tokens = generator(
-        view.tokens,
-        layout,
-        targets,
-        lambda features, weight, bias: linear_cross_entropy_and_sample(
-            features,
-            weight,
-            targets.take(labels, padding=IGNORED),
-            targets.take(batch.segment_ids.reshape(-1), padding=-1),
-            len(batch.sample_ids),
-            targets.take(batch.position_ids.reshape(-1)),
-            batch.sample_ids,
-            batch.visits,
-            seed=seed,
-            stream=stream,
-            bias=bias,
-            sample_weights=weights,
-            impl=impl,
-        ),
+    segments = targets.take(batch.segment_ids.reshape(-1), padding=-1)
+    score = SamplingScore(
+        targets.take(labels, padding=IGNORED),
+        segments,
+        len(batch.sample_ids),
+        weights,
+        impl,
+        targets.take(batch.position_ids.reshape(-1)),
+        batch.sample_ids,
+        batch.visits,
+        seed,
+        stream,
     )
+    with rows_of(segments):
+        loss, tokens = generator(view.tokens, layout, targets, score)
     term = TermLoss(loss.total + targets.overflow, loss.sums + targets.overflow)
     return term, (targets.slots.view_as(batch.tokens), tokens)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fused_objectives import draws
-from fused_objectives.detection import detection_loss
 from fused_objectives.segments import per_token, spans
 from fused_objectives.targets import IGNORED, compact
 from pretrain.config import Config
@@ -17,7 +16,9 @@ from pretrain.masking.policies import words
 from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
 from pretrain.model.projection import Score, scored
+from pretrain.model.rows import rows_of
 from pretrain.objectives.base import Objective, TermLoss, View, register
+from pretrain.objectives.scores import DetectionScore
 
 _SHORTEST_HALF = 2  # tokens: one of them may give way to the separator
 _BITS = 24  # of a number of tokens
@@ -147,17 +148,7 @@ class SentenceOrderPrediction(Objective):
         hidden = model.encoder(view.tokens, Layout(batch, implementation=model.encoder.attention)).flatten(0, 1)
         starts, _ = spans(batch.segment_ids.reshape(-1), len(batch.sample_ids))
         segments = torch.arange(len(starts), device=starts.device)
-        loss = model.heads["order"](
-            hidden[starts],
-            lambda features, weight, bias: detection_loss(
-                features,
-                weight[0],
-                view.labels,
-                segments,
-                len(starts),
-                bias=bias,
-                sample_weights=weights,
-                impl=self.impl,
-            ),
-        )
+        score = DetectionScore(view.labels, segments, len(starts), weights, self.impl)
+        with rows_of(segments):
+            loss = model.heads["order"](hidden[starts], score)
         return {self.name: TermLoss(loss.total, loss.sums)}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_objectives.targets import IGNORED
 from pretrain.data.batch import Batch
+from pretrain.model.rows import rows_of
 from pretrain.objectives.base import TermLoss, View
 from pretrain.objectives.losses import cross_entropies
 
@@ -130,8 +131,10 @@ def spread(batch: Batch, values: Tensor) -> Tensor:
 
 def pair_loss(model, view: PairView, weights: Tensor | None, impl: str) -> TermLoss:
     """Return the cross entropies of every sample's target, given its source and the target so far."""
-    hidden = model.encoder(view.tokens, view.real, model.encoder.decoder_inputs(view.labels))
-    owner = torch.arange(len(view.labels), device=view.labels.device)[:, None].expand_as(view.labels)
     samples = len(view.batch.sample_ids)
+    owner = torch.arange(len(view.labels), device=view.labels.device)[:, None]
+    with rows_of(owner.masked_fill(owner >= samples, -1)):  # without samples there is a row all the same
+        hidden = model.encoder(view.tokens, view.real, model.encoder.decoder_inputs(view.labels))
+    owner = owner.expand_as(view.labels)
     head = model.heads["vocabulary"]
     return cross_entropies(head, hidden, view.labels, owner, samples, view.capacity, weights, impl)

@@ -8,6 +8,7 @@ from pydantic import field_validator
 
 from fused_objectives.targets import IGNORED
 from pretrain.masking.config import MaskingConfig
+from pretrain.model.rows import owned_by
 from pretrain.objectives.base import LabelledView, TermLoss, register
 from pretrain.objectives.mlm import MaskedLanguageModelling
 from pretrain.objectives.task_samples import DrawnView, TaskConfig, TaskObjective
@@ -54,6 +55,7 @@ class TaskMaskedLanguageModelling(TaskObjective, MaskedLanguageModelling):
         return MaskedDrawView(batch, batch.tokens, {self.name: counts}, {}, draw, replace(masked, labels=labels))
 
     def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
-        losses = MaskedLanguageModelling.loss(self, model, view.masked, view.draw.weights(weights))
+        with owned_by(view.draw.drawn_for):
+            losses = MaskedLanguageModelling.loss(self, model, view.masked, view.draw.weights(weights))
         total, sums = losses[self.name]
         return {self.name: TermLoss(total, view.draw.per_sample(sums, len(view.batch.sample_ids)))}

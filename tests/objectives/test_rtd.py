@@ -8,7 +8,7 @@ from transformers import ElectraForPreTraining
 from fused_objectives.targets import IGNORED, compact
 from pretrain.errors import UserError
 from pretrain.model.attention import Layout
-from pretrain.objectives import losses, rtd
+from pretrain.objectives import scores, rtd
 from tests.builders import VOCABULARY, padded, random_samples
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
 from tests.objectives.oracles import COUNTED, detection_sums, gumbel_draw, labels_of, samples_of, unigram
@@ -57,12 +57,12 @@ def test_labels_and_loss_are_those_of_transformers_electra_with_hits_counted_as_
     masked = view.labels != IGNORED
     originals = view.labels[masked]
     guesses = torch.where(torch.arange(len(originals)) < hits, originals, (originals + 1 - 5) % 206 + 5)
-    honest = losses.linear_cross_entropy_and_sample
+    honest = scores.linear_cross_entropy_and_sample
 
     def guessing(*arguments, **options):
         return honest(*arguments, **options)._replace(tokens=guesses)
 
-    monkeypatch.setattr(losses, "linear_cross_entropy_and_sample", guessing)
+    monkeypatch.setattr(scores, "linear_cross_entropy_and_sample", guessing)
     sums = model.objectives["rtd"].loss(model, view)["rtd/discriminator"].sums
 
     tokens = batch.tokens.clone()
