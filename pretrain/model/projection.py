@@ -29,8 +29,8 @@ class Shifted:
 def scored(projection: nn.Linear, score: Score | None) -> Iterator[None]:
     """Let ``projection`` return ``score`` of its input and its parameters instead of logits; None leaves it alone.
 
-    The layer is called as ever, so whoever gathers its parameters for the call (ZeRO-3) does so for the score too. Whoever
-    watches the layer, by a ``forward`` with a method ``scored``, is asked to apply the score.
+    The layer is called as ever, so whoever gathers its parameters for the call (ZeRO-3) does so for the score too.
+    Whoever watches the layer, by a ``forward`` with a method ``scored``, is asked to apply the score.
     """
     if score is None:
         yield

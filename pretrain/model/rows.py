@@ -1,7 +1,7 @@
 """Whose rows the layers of a model see.
 
-A layer sees rows of numbers and not whose they are. Whoever lays rows out says so here while layers run on them, so that
-gradients can be told apart by sample. While nothing is recorded nobody asks, and it costs nothing.
+A layer sees rows of numbers and not whose they are. Whoever lays rows out says so here while layers run on them, so
+that gradients can be told apart by sample. While nothing is recorded nobody asks, and it costs nothing.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ class Rows:
     """A sample's places may be no contiguous run."""
 
     def of(self, shape: torch.Size) -> torch.Tensor | None:
-        """Return the sample of each vector of an array, ``[N]`` int64, from the array's shape without its last dimension;
-        None if its vectors are no such rows. A place may hold several vectors, such as heads."""
+        """Return the sample of each vector of an array, ``[N]`` int64, from the array's shape without its last
+        dimension; None if its vectors are no such rows. A place may hold several vectors, such as heads."""
         segments = self.segments
         if segments.ndim == 2 and segments.shape[1] == 1 and len(shape) > 1 and shape[0] == len(segments):
             segments = segments.expand(-1, shape[1])

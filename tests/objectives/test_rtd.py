@@ -8,7 +8,7 @@ from transformers import ElectraForPreTraining
 from fused_objectives.targets import IGNORED, compact
 from pretrain.errors import UserError
 from pretrain.model.attention import Layout
-from pretrain.objectives import scores, rtd
+from pretrain.objectives import rtd, scores
 from tests.builders import VOCABULARY, padded, random_samples
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
 from tests.objectives.oracles import COUNTED, detection_sums, gumbel_draw, labels_of, samples_of, unigram
