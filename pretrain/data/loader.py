@@ -21,6 +21,8 @@ class StepBatch:
     """What one rank needs of one step: its micro-batches, and the facts of the global batch."""
 
     micro_batches: list[Batch]
+    first_samples: list[int]
+    """For each of them, how many samples of the global batch come before its own, in the order of rows."""
     samples: int
     """Samples in the global batch."""
     tokens: int
@@ -122,12 +124,11 @@ class Loader:
         ids = np.concatenate(rows)
         self.samples += len(ids)
         stride = self.micro_batch_rows * self.world_size
-        micro_batches = [
-            self._micro_batch(rows, visits, start)
-            for start in range(self.rank * self.micro_batch_rows, self.batch_rows, stride)
-        ]
+        starts = range(self.rank * self.micro_batch_rows, self.batch_rows, stride)
+        before = np.cumsum([0, *map(len, rows)])
         return StepBatch(
-            micro_batches,
+            [self._micro_batch(rows, visits, start) for start in starts],
+            [int(before[start]) for start in starts],
             samples=len(ids),
             tokens=int(self.store.lengths[ids].sum()),
             sample_ids_sha256=hashlib.sha256(np.sort(ids).astype("<i8").tobytes()).hexdigest(),

@@ -131,8 +131,8 @@ class PresenceWeigher(Weigher):
 
 @register
 class ShuffledWeigher(PresenceWeigher):
-    """The control: PRESENCE's weights of the very same step, handed out at random. A gain that it has as well is none of
-    self-influence."""
+    """The control: PRESENCE's weights of the very same step, handed out at random. A gain that it has as well is not one
+    of self-influence."""
 
     name = "shuffled"
     shuffles = True

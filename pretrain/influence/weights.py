@@ -43,7 +43,7 @@ def window_weights(exponents: np.ndarray, among: np.ndarray, bound: float) -> np
 
 
 def linupper(losses: np.ndarray) -> np.ndarray:
-    """Return min(h + 1, 1) of ``losses [n]``, where h are the losses rescaled to [−1, 1] (LinUpper, arXiv 2502.06733)."""
+    """Return min(h + 1, 1) of ``losses [n]``, with h the losses rescaled to [−1, 1] (LinUpper, arXiv 2502.06733)."""
     if not len(losses) or losses.max() == losses.min():
         return np.ones(len(losses))
     rescaled = 2 * (losses - losses.min()) / (losses.max() - losses.min()) - 1

@@ -61,7 +61,7 @@ class MultiObjectiveModel(nn.Module):
         self,
         views: dict[str, View],
         scales: dict[str, float],
-        weights: torch.Tensor | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
         judges: Mapping[str, Objective] | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the objectives of one micro-step.
@@ -69,7 +69,7 @@ class MultiObjectiveModel(nn.Module):
         Args:
             views: objective → its view of the micro-batch.
             scales: term → factor: share of the objective × weight of the term / global count of the term's targets.
-            weights: ``[S]`` float32 sample weights; None means 1.
+            weights: objective → ``[S]`` float32 sample weights; 1 where there are none.
             judges: who computes the losses, by the names in ``views``; None: the model's objectives.
 
         Returns:
@@ -81,7 +81,7 @@ class MultiObjectiveModel(nn.Module):
         """
         losses: dict[str, TermLoss] = {}
         for name, view in views.items():
-            losses |= (judges or self.objectives)[name].loss(self, view, weights)
+            losses |= (judges or self.objectives)[name].loss(self, view, (weights or {}).get(name))
         loss = sum(scales[term] * term_loss.total for term, term_loss in losses.items())
         return loss, {term: term_loss.sums for term, term_loss in losses.items()}
 

@@ -57,6 +57,14 @@ def test_every_rank_gets_its_own_rows_in_order_of_micro_step(store):
     assert rows == [[2, 3], [8, 9]]
 
 
+def test_a_micro_batchs_samples_lie_side_by_side_in_the_global_batch(store):
+    whole = Loader(store, **KEYS | {"micro_batch_rows": 12}).next().micro_batches[0].sample_ids
+    for rank in range(3):
+        part = Loader(store, **KEYS | {"micro_batch_rows": 2}, rank=rank, world_size=3).next()
+        for first, batch in zip(part.first_samples, part.micro_batches, strict=True):
+            assert batch.sample_ids.equal(whole[first : first + len(batch.sample_ids)])
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_each_epoch_sees_every_sample_exactly_once(store, packing):
     seen = Counter()

@@ -87,7 +87,7 @@ def test_the_loss_is_the_scaled_and_weighted_sum_of_the_samples_sums():
     views = {name: objective.corrupt(batch, 0.0) for name, objective in model.objectives.items()}
     scales = {"mlm": 0.3, "rtd/generator": 2.0, "rtd/discriminator": 0.07}
     weights = torch.rand(len(batch.sample_ids))
-    loss, sums = model(views, scales, weights)
+    loss, sums = model(views, scales, dict.fromkeys(views, weights))
     assert set(sums) == set(scales)
     assert all(
         total.shape == (7,) and total.dtype == torch.float32 and not total.requires_grad for total in sums.values()
@@ -95,6 +95,10 @@ def test_the_loss_is_the_scaled_and_weighted_sum_of_the_samples_sums():
     assert torch.isclose(loss, sum(scales[term] * (weights * sums[term]).sum() for term in scales))
     unweighted, _ = model(views, scales)
     assert torch.isclose(unweighted, sum(scales[term] * sums[term].sum() for term in scales))
+    partly, _ = model(views, scales, {"rtd": weights})
+    expected = scales["mlm"] * sums["mlm"].sum()
+    expected += sum(scales[term] * (weights * sums[term]).sum() for term in ("rtd/generator", "rtd/discriminator"))
+    assert torch.isclose(partly, expected)
 
 
 @pytest.mark.parametrize(

@@ -186,16 +186,16 @@ def test_a_weight_scales_its_samples_part_of_loss_and_gradient(model, objective,
     samples = len(whole.sample_ids)
     weights = torch.rand(samples, generator=torch.Generator().manual_seed(0)) * 2
     weights[::3] = 0.0
-    loss, sums = model({name: view}, scales, weights)
+    loss, sums = model({name: view}, scales, {name: weights})
     expected = sum(scales[term] * float((weights * total).sum()) for term, total in sums.items())
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     found = gradients(model, loss)
     halves = [weights.clone(), weights.clone()]
     halves[0][samples // 2 :] = 0
     halves[1][: samples // 2] = 0
-    parts = [gradients(model, model({name: view}, scales, half)[0]) for half in halves]
+    parts = [gradients(model, model({name: view}, scales, {name: half})[0]) for half in halves]
     assert_close([a + b for a, b in zip(*parts, strict=True)], found)
-    nothing, _ = model({name: view}, scales, torch.zeros(samples))
+    nothing, _ = model({name: view}, scales, {name: torch.zeros(samples)})
     assert all((gradient == 0).all() for gradient in gradients(model, nothing))
 
 
@@ -209,7 +209,7 @@ def test_a_weighted_gradient_is_that_of_the_sample_alone(model, objective, name,
     chosen = max(starts if objective.rows_are_units else range(len(samples)), key=lambda i: len(samples[i]))
     weights = torch.zeros(len(samples))
     weights[chosen] = 1.0
-    ours = gradients(model, model({name: objective.corrupt(whole, 0.25)}, scales, weights)[0])
+    ours = gradients(model, model({name: objective.corrupt(whole, 0.25)}, scales, {name: weights})[0])
     alone = numbered([[samples[chosen]]], [[chosen]])
     assert_close(ours, gradients(model, model({name: objective.corrupt(alone, 0.25)}, scales)[0]))
 
