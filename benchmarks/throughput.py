@@ -21,15 +21,11 @@ import torch
 from benchmarks import peers
 from benchmarks.common import ROOT, append_result, default_store, environment, print_table
 from benchmarks.peers import Measurement, Stopwatch
+from benchmarks.training import open_trainer, resolved
 from pretrain.data.store import Store
 from pretrain.model.encoder import backbone_config
 from pretrain.recipe import Recipe, recipe_from
 from pretrain.training.build import Parts, build, device_type
-from pretrain.training.ds_config import resolve_ds_config
-from pretrain.training.engine import Engine, init_distributed
-from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
-from pretrain.training.stop import StopRequest
-from pretrain.training.trainer import Trainer
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what init_distributed sets
 OURS, PADDED, GROUPED = "medley", "transformers, random order", "transformers, grouped by length"
@@ -63,15 +59,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     store = args.store or default_store(args.sequence, args.vocabulary)
     recipe = make_recipe(args, store)
-    ds_config = resolve_ds_config(
-        args.ds_config,
-        micro_batch_rows=recipe.training.micro_batch_rows,
-        batch_rows=recipe.training.batch_rows,
-        world_size=1,
-        gradient_clipping=recipe.training.gradient_clipping,
-        device_type=device_type(),
-    )
-    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    ds_config, dtype = resolved(recipe, args.ds_config)
     parts = build(recipe, dtype=dtype)
     peer = Peer(parts, args, dtype)
     mfu: list[float | None] = []
@@ -122,12 +110,7 @@ def make_recipe(args: argparse.Namespace, store: Path) -> Recipe:
 
 def run_ours(parts: Parts, ds_config: dict, args: argparse.Namespace, mfu: list[float | None]) -> Measurement:
     """Train with Medley's trainer on the engine; ``mfu`` gets the utilisation of the timed steps, if it is known."""
-    optimizer = parts.recipe.training.optimizer
-    settings = OptimizerSettings(optimizer.name, optimizer.weight_decay, optimizer.betas, optimizer.eps)
-    groups = [ParameterGroup(name, parameters) for name, parameters in parts.components.items()]
-    init_distributed(600)
-    engine = Engine(parts.model, groups, ds_config, settings)
-    trainer = Trainer(parts, engine, StopRequest())
+    trainer = open_trainer(parts, ds_config)
     for _ in range(args.warmup):
         trainer.train_step()
     watch = Stopwatch(device_type())
@@ -135,7 +118,7 @@ def run_ours(parts: Parts, ds_config: dict, args: argparse.Namespace, mfu: list[
     records = [trainer.train_step() for _ in range(args.steps)]
     seconds = watch.stop()
     mfu.append(statistics.median(r["mfu"] for r in records) if records[0]["mfu"] is not None else None)
-    engine.close()
+    trainer.engine.close()
     for name in _VARIABLES:
         os.environ.pop(name, None)  # or the peer's Trainer would wrap its model for several processes
     return Measurement(sum(r["tokens"] for r in records), *seconds, [r["loss"] for r in records])

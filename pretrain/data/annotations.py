@@ -61,6 +61,11 @@ class Annotation:
             raise UserError(f"{file}: is damaged: not 2 bytes for each of {tokens:,} tokens; {again}")
         self.units = np.memmap(file, "<u2", "r") if tokens else np.empty(0, np.uint16)
 
+    def look_up(self, ids: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the units of the samples ``ids``, one after another; ``places`` are those of their tokens in the
+        store."""
+        return self.units[places]
+
 
 def folder_of(store: Store | StoreWriter, name: str) -> Path:
     """Return where an annotation of a store lies."""

@@ -105,7 +105,7 @@ def collate(
     units = {}
     for name, annotation in (annotations or {}).items():
         laid_out = np.full(len(rows) * row_length, NO_UNIT, np.int64)
-        laid_out[places] = annotation.units[sources]
+        laid_out[places] = annotation.look_up(ids, sources)
         units[name] = torch.from_numpy(laid_out.reshape(len(rows), row_length))
     return Batch(
         tokens=tokens,

@@ -10,7 +10,16 @@ from pretrain.data.annotations import PARTS_OF_SPEECH
 ANNOTATED = {"salient": "salient", "learned": "learned", "pos_weighted": "pos", "guided": "salient"}
 """Policy → the annotation of the store that it reads, unless the recipe names another."""
 
-_OWN_KEYS = {"annotation": tuple(ANNOTATED), "span": ("span",), "power": ("frequency",), "weights": ("pos_weighted",)}
+LIVE = "live:"
+"""What the name of an annotation begins with that an extractor computes while training; its folder follows."""
+
+_OWN_KEYS = {
+    "annotation": tuple(ANNOTATED),
+    "live": ("learned",),
+    "span": ("span",),
+    "power": ("frequency",),
+    "weights": ("pos_weighted",),
+}
 
 
 class SplitConfig(Config):
@@ -57,6 +66,8 @@ class ChoiceConfig(Config):
     """Expected fraction of ordinary tokens that are chosen; for ``guided`` the probability of each unit."""
     annotation: str | None = Field(None, pattern=r"^[\w.-]+$")
     """Name of the annotation that ``salient``, ``learned``, ``guided`` or ``pos_weighted`` reads, if not their own."""
+    live: str | None = Field(None, min_length=1)
+    """For ``learned``: folder of an extractor that computes the spans at every step, in place of an annotation."""
     span: SpanConfig = SpanConfig()
     """For ``span``."""
     power: float = Field(0.5, ge=0, le=2)
@@ -72,6 +83,8 @@ class ChoiceConfig(Config):
             given = getattr(self, key) != type(self).model_fields[key].default  # a resolved recipe names every key
             if given and self.policy not in policies:
                 raise ValueError(f"'{key}' goes with policy {' or '.join(policies)}, not with {self.policy}")
+        if self.live and self.annotation:
+            raise ValueError("'live' computes what 'annotation' would hold; give one of them")
         for name, weight in self.weights.items():
             if name not in PARTS_OF_SPEECH:
                 raise ValueError(f"weights: '{name}' is none of {', '.join(PARTS_OF_SPEECH)}")
@@ -82,6 +95,8 @@ class ChoiceConfig(Config):
     @property
     def annotation_name(self) -> str | None:
         """The annotation that the policy reads, or None."""
+        if self.live:
+            return f"{LIVE}{self.live}"
         return self.annotation or ANNOTATED.get(self.policy)
 
 

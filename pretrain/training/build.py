@@ -14,6 +14,8 @@ from pretrain.data.loader import Loader
 from pretrain.data.store import Store
 from pretrain.data.tokenization import load_tokenizer
 from pretrain.errors import UserError
+from pretrain.masking.config import LIVE
+from pretrain.masking.learning.live import LiveExtractor, LiveSpans
 from pretrain.model.encoder import backbone_config, build_encoder
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.model.vocabulary import Vocabulary
@@ -38,6 +40,8 @@ class Parts:
     """Component → number of parameters."""
     sampler: Sampler
     row_length: int
+    extractors: dict[str, LiveExtractor]
+    """Those that compute an annotation while training, by its name."""
 
     def loader(self, *, rank: int, world_size: int) -> Loader:
         """Build the loader of the training samples for one rank."""
@@ -62,11 +66,16 @@ class Parts:
         whole = parts * self.recipe.training.micro_batch_rows * world_size
         return self._loader(self.heldout, -(-rows // whole) * whole, 0, rank, world_size)
 
-    def _loader(self, store: Store, batch_rows: int, seed: int, rank: int, world_size: int) -> Loader:
+    def annotations(self, store: Store) -> dict[str, Annotation | LiveSpans]:
+        """Open what the objectives read of a store beside its tokens, by name."""
         wanted = {name: kind for one in self.model.objectives.values() for name, kind in one.annotations.items()}
+        live = {name: self.extractors[name].on(store) for name in wanted if name in self.extractors}
+        return live | {name: Annotation(store, name, kind) for name, kind in wanted.items() if name not in live}
+
+    def _loader(self, store: Store, batch_rows: int, seed: int, rank: int, world_size: int) -> Loader:
         return Loader(
             store,
-            annotations={name: Annotation(store, name, kind) for name, kind in wanted.items()},
+            annotations=self.annotations(store),
             seed=seed,
             row_length=self.row_length,
             batch_rows=batch_rows,
@@ -110,6 +119,7 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
         sizes={name: sum(p.numel() for p in params) for name, params in components.items()},  # ZeRO-3 empties them
         sampler=sampler,
         row_length=_row_length(recipe, longest, model),
+        extractors=_load_extractors(model),
     )
     parts.loader(rank=0, world_size=1).check_fills_a_batch()
     parts.heldout_loader(rank=0, world_size=1)  # its samples must fit as well
@@ -144,6 +154,11 @@ def build_model(
             )
     encoder = build_encoder(recipe.model, config, device_type=device_type(), dtype=dtype)
     return MultiObjectiveModel(encoder, objectives)
+
+
+def _load_extractors(model: MultiObjectiveModel) -> dict[str, LiveExtractor]:
+    names = {name for objective in model.objectives.values() for name in objective.annotations}
+    return {name: LiveExtractor(name.removeprefix(LIVE)) for name in names if name.startswith(LIVE)}
 
 
 def _open_stores(recipe: Recipe) -> tuple[Store, Store | None]:

@@ -14,6 +14,7 @@ from typing import TextIO
 import torch
 
 from pretrain.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError, unknown
+from pretrain.masking.learning.live import LiveSpans
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.training import checkpoint
 from pretrain.training.build import Parts, build, device_type
@@ -192,6 +193,9 @@ def _train(trainer: Trainer, start: Path | None, ds_config: dict) -> None:
             for note in objective.notes:
                 trainer.log.say(f"note: {name}: {note}")
         idle = trainer.finished
+        for spans in parts.annotations(parts.store).values() if engine.rank == 0 else ():
+            if isinstance(spans, LiveSpans):
+                trainer.log.say(f"note: learned masking: {spans.note}")
         trainer.train()
         if trainer.stopping and not trainer.finished:
             trainer.log.say(f"stopped on request after step {trainer.step}; the same command goes on from there")

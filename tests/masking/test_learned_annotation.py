@@ -243,3 +243,32 @@ def test_a_run_trains_on_the_learned_policy(model, corpus, tmp_path):
     code, _, err = train(recipe(corpus, tmp_path / "run", heldout={"rows": 4}, **keys))
     assert code == 0, err
     assert all(math.isfinite(record["loss"]) for record in metrics(tmp_path / "run"))
+
+
+def test_spans_computed_live_are_those_of_the_annotation_and_their_cost_is_told(model, corpus, tmp_path):
+    annotate_learned(corpus, model)
+    runs = {}
+    for name, more in (("stored", {}), ("live", {"live": str(model)})):
+        objectives = {"mlm": {"masking": {"policy": "learned", "rate": 0.2, **more}}}
+        keys = {"objectives": objectives, "sampler": {}, "training__steps": 2, "heldout": {"rows": 4}}
+        code, runs[name], err = train(recipe(corpus, tmp_path / name, **keys))
+        assert code == 0, err
+    for stored, live in zip(metrics(tmp_path / "stored"), metrics(tmp_path / "live"), strict=True):
+        assert all(stored[key] == live[key] for key in ("losses", "targets", "tallies", "grad_norm"))
+    assert "note" not in runs["stored"] and "computed live, at " in runs["live"]
+    assert f"'medley annotate {corpus} learned --model {model}'" in runs["live"]
+
+
+def test_an_extractor_that_cannot_be_used_live_is_one_line(model, corpus, tmp_path):
+    def told(**masking) -> str:
+        document = recipe(corpus, tmp_path / "run", objectives={"mlm": {"masking": masking}}, sampler={})
+        code, _, err = train(document)
+        assert code == 2 and len(err.splitlines()) == 1
+        return err
+
+    assert "nowhere: no span extractor" in told(policy="learned", live=str(tmp_path / "nowhere"))
+    assert "'live' goes with policy learned" in told(policy="random", live=str(model))
+    assert "'live' computes what 'annotation' would hold" in told(policy="learned", live=str(model), annotation="x")
+    write_corpus(tmp_path / "other", wordpiece("ab"))
+    corpus = tmp_path / "other"
+    assert "masking.live" in told(policy="learned", live=str(model))

@@ -55,13 +55,7 @@ def annotate_learned(
     todo = lacking(stores, name, overwrite)
     extractor, card = Extractor.load(model)
     top_k, max_span = top_k or card.top_k, max_span or card.max_span
-    _check_tokenizer(extractor, model, corpus)
-    longest = max(store.max_length for store in stores.values())
-    if longest > extractor.longest:
-        raise UserError(
-            f"--model {model}: reads {extractor.longest} tokens, but {corpus} has samples of {longest}; prepare the "
-            f"corpus with 'medley prepare … --max-length {extractor.longest}', or learn from a model that reads more"
-        )
+    check_fits(extractor, model, corpus, max(store.max_length for store in stores.values()))
     made_by = {
         "annotation": LEARNED,
         "method": card.method,
@@ -89,16 +83,24 @@ def learned_units(
     """
     budget = batch_tokens or BATCH_TOKENS[extractor.device.type]
     for begin, end in chunks(store, first):
-        lengths = np.array(store.lengths[begin:end], np.int64)
-        starts = np.cumsum(lengths) - lengths
-        units, waiting = np.full(lengths.sum(), NO_UNIT, np.int64), None
-        for part in _batches(lengths, budget):
-            tokens, real = extractor.pad([store[begin + i] for i in part])
-            spans = extractor.spans(tokens, real, top_k, max_span)
-            done, waiting = waiting, (part, units_of(spans, tokens.shape[1]), spans.scores.isnan().any())
-            _place(done, units, starts, lengths)  # while the device computes the next
-        _place(waiting, units, starts, lengths)
-        yield units, lengths
+        ids = np.arange(begin, end)
+        yield units_of_samples(extractor, store, ids, top_k, max_span, budget), np.array(store.lengths[ids], np.int64)
+
+
+def units_of_samples(
+    extractor: Extractor, store: Store, ids: np.ndarray, top_k: int, max_span: int, batch_tokens: int
+) -> np.ndarray:
+    """Return the units of some samples, one after another, ``[sum of lengths]`` int64."""
+    lengths = np.array(store.lengths[ids], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    units, waiting = np.full(lengths.sum(), NO_UNIT, np.int64), None
+    for part in _batches(lengths, batch_tokens):
+        tokens, real = extractor.pad([store[ids[i]] for i in part])
+        spans = extractor.spans(tokens, real, top_k, max_span)
+        done, waiting = waiting, (part, units_of(spans, tokens.shape[1]), spans.scores.isnan().any())
+        _place(done, units, starts, lengths)  # while the device computes the next
+    _place(waiting, units, starts, lengths)
+    return units
 
 
 def _batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
@@ -126,8 +128,18 @@ def _place(
         units[starts[sample] : starts[sample] + lengths[sample]] = row[: lengths[sample]]
 
 
+def check_fits(extractor: Extractor, model: Path, corpus: Path, longest: int) -> None:
+    """Raise UserError unless the extractor reads samples of up to ``longest`` tokens, and ids as the corpus means
+    them."""
+    _check_tokenizer(extractor, model, corpus)
+    if longest > extractor.longest:
+        raise UserError(
+            f"--model {model}: reads {extractor.longest} tokens, but {corpus} has samples of {longest}; prepare the "
+            f"corpus with 'medley prepare … --max-length {extractor.longest}', or learn from a model that reads more"
+        )
+
+
 def _check_tokenizer(extractor: Extractor, model: Path, corpus: Path) -> None:
-    """Raise UserError unless the extractor reads ids as the corpus means them."""
     ours, theirs = extractor.tokenizer, load_tokenizer(corpus / "tokenizer")
     mine, its = ours.get_vocab(), theirs.get_vocab()
     if mine == its and barred_ids(ours) == barred_ids(theirs):
