@@ -37,12 +37,10 @@ class CrossEntropyScore(_Score):
     def gradients(
         self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the gradients by weight and bias of the loss with ``weights [samples]`` beside the samples' own."""
-        if self.weights is not None:
-            weights = weights * self.weights
+        """Return the gradients by weight and bias of the loss whose rows have ``weights [K]`` beside the samples'."""
         targets = self.labels, self.segments, self.samples
-        options = {"bias": bias, "sample_weights": weights, "hidden_gradient": False, "impl": self.impl}
-        return linear_cross_entropy_gradients(features, weight, *targets, **options)[1:]
+        options = {"bias": bias, "sample_weights": self.weights, "token_weights": weights, "impl": self.impl}
+        return linear_cross_entropy_gradients(features, weight, *targets, hidden_gradient=False, **options)[1:]
 
 
 @dataclass(frozen=True)

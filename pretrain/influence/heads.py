@@ -1,0 +1,87 @@
+"""Vocabulary heads, whose last layer gives a loss and no outputs: what their calls add to norms and gradients."""
+
+from typing import NamedTuple
+
+import torch
+
+from fused_objectives.embedding_norms import tied_cross_term
+from fused_objectives.linear_cross_entropy import linear_cross_entropy
+from fused_objectives.segments import per_token
+from pretrain.influence.layers import LinearLayer, Measure, Use
+from pretrain.model.projection import Score, Shifted
+from pretrain.objectives.scores import CrossEntropyScore
+
+
+class HeadUse(NamedTuple):
+    """What is kept of a vocabulary head's call."""
+
+    layer: LinearLayer
+    score: Score
+    inner: CrossEntropyScore
+    """The same without what the head adds to its logits."""
+    features: torch.Tensor
+    """``[K, d]``."""
+    segments: torch.Tensor
+    """``[K]`` int64: which of the S samples a row belongs to."""
+    normalizers: torch.Tensor | None = None
+    """``[K]`` float32."""
+    norms: torch.Tensor | None = None
+    """``[S]`` float32, of the samples' losses without weights."""
+    factor: torch.Tensor | None = None
+    """``[]``: the gradient that came to the total."""
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """``[V]``: all that is added to the logits."""
+        own = self.layer.module.bias
+        if not isinstance(self.score, Shifted):
+            return own
+        return self.score.shift if own is None else self.score.shift + own
+
+    @property
+    def own_weights(self) -> torch.Tensor | None:
+        """``[K]``: the samples' weights in the loss, if there are any."""
+        return None if self.inner.weights is None else per_token(self.inner.weights, self.inner.segments)
+
+    def squared_norms(self, measure: Measure) -> torch.Tensor:
+        """Return each sample's squared norm of the gradient of matrix and bias, ``[S]`` float32."""
+        if self.norms is not None:
+            weights = self.factor if self.inner.weights is None else self.factor * self.inner.weights
+            return self.norms * weights.square()
+        loss = linear_cross_entropy(
+            self.features,
+            self.layer.module.weight,
+            self.inner.labels,
+            self.segments,
+            measure.samples,
+            bias=self.bias,
+            token_weights=self.own_weights,
+            squared_norms=True,
+            impl=measure.impl,
+        )
+        return loss.squared_norms * self.factor.square()
+
+    def product(self, table: Use, measure: Measure) -> torch.Tensor:
+        """Return each sample's inner product of the gradients that the matrix gets here and as a table, ``[S]``."""
+        product = tied_cross_term(
+            self.features,
+            self.layer.module.weight,
+            self.inner.labels,
+            self.segments,
+            self.normalizers,
+            table.inputs,
+            table.gradients,
+            table.segments,
+            measure.samples,
+            bias=self.bias,
+            token_weights=self.own_weights,
+            impl=measure.impl,
+        )
+        return product * self.factor
+
+    def gradients(self, weights: torch.Tensor) -> list[torch.Tensor]:
+        """Return Σ_s w_s · gradient of sample s of the matrix, and of the bias if it is trained, with weights ``[S]``."""
+        matrix, *bias = self.layer.parameters
+        rows = per_token(weights * self.factor, self.segments)
+        found = self.inner.gradients(self.features, self.layer.module.weight, self.bias, rows)
+        return [gradient.to(each.dtype) for gradient, each in zip(found, [matrix, *bias], strict=False)]
