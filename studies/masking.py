@@ -31,7 +31,7 @@ from pretrain.data.prepare import prepare  # noqa: E402
 from pretrain.data.store import Store  # noqa: E402
 from pretrain.data.tokenization import load_tokenizer  # noqa: E402
 from pretrain.errors import EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError, unknown  # noqa: E402
-from studies import reporting  # noqa: E402
+from studies import records, reporting  # noqa: E402
 from studies.cloze import PARTS, Fact, detokenizer, find_facts, keep_passages, read_facts  # noqa: E402
 from studies.cloze_models import (  # noqa: E402
     Settings,
@@ -101,10 +101,9 @@ def study(args: argparse.Namespace) -> list[Path]:
             made[name] = _try_to_make(name, at)
     for seed in range(args.seeds):
         for name in wanted:
-            if not made.get(name) and not _record(at, name, seed):
+            if not made.get(name) and not records.has(at.folder, arm=name, seed=seed):
                 record = run_arm(name, seed, at, settings, base)
-                with open(args.out / "records.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                records.add(at.folder, record)
                 _say(f"seed {seed}, {name}: exact match on dev {100 * record['dev']['exact_match']:.1f} %")
     return report(args, at, settings, {name: reason for name, reason in made.items() if reason})
 
@@ -135,11 +134,11 @@ def run_arm(name: str, seed: int, at: Workplace, settings: Settings, base: dict[
 
 def report(args: argparse.Namespace, at: Workplace, settings: Settings, failed: dict[str, str]) -> list[Path]:
     """Write and print the results of all records that there are."""
-    records = [record for record in _records(at) if record["seed"] < args.seeds]
+    done = [record for record in records.read(at.folder) if record["seed"] < args.seeds]
     counts = Counter(fact.part for fact in at.facts)
     commonest = Counter(fact.answer for fact in at.of("train")).most_common(1)[0][0]
     test = at.of("test")
-    rows = reporting.summarise(records, {name: arm.title for name, arm in ARMS.items()}, AGAINST)
+    rows = reporting.summarise(done, {name: arm.title for name, arm in ARMS.items()}, AGAINST)
     result = {
         "environment": environment(),
         "settings": asdict(settings) | {"learn_steps": at.learn_steps, "meta_steps": at.meta_steps},
@@ -150,7 +149,7 @@ def report(args: argparse.Namespace, at: Workplace, settings: Settings, failed: 
         "answers": len({fact.answer for fact in at.facts}),
         "commonest_answer": sum(fact.answer == commonest for fact in test) / len(test),
         "failed": failed,
-        "records": records,
+        "records": done,
     }
     where = result["environment"]
     machine = f"{where['cpu']}, {where['threads']} of {where['cores']} cores, load {where['load']}"
@@ -163,14 +162,14 @@ def report(args: argparse.Namespace, at: Workplace, settings: Settings, failed: 
         f"{machine}, torch {where['versions']['torch']}, {where['date'][:10]}."
     )
     path = args.results or args.out / "results"
-    files = reporting.write(path.parent, path.name, rows, result, note, AGAINST)
+    text = f"{note}\n\n{reporting.markdown(rows, AGAINST)}"
+    files = reporting.write(path.parent, path.name, text, rows, result, reporting.plot)
     print(files[0].read_text(), end="")
     return files
 
 
 def _prepare(args: argparse.Namespace, settings: Settings) -> list[Fact]:
     """Prepare the corpus and find the facts; refuse a folder with another study's."""
-    kept = args.out / "study.json"
     names = (
         "text",
         "megabytes",
@@ -183,10 +182,7 @@ def _prepare(args: argparse.Namespace, settings: Settings) -> list[Fact]:
         "meta_steps",
     )
     identity = {name: str(vars(args)[name]) for name in names} | {"settings": json.dumps(asdict(settings))}
-    if kept.is_file() and json.loads(kept.read_text()) != identity:
-        raise UserError(f"--out {args.out}: holds a study with other settings; choose another folder")
-    args.out.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(identity, indent=1) + "\n")
+    records.claim(args.out, identity)
     corpus, whole = args.out / "corpus", args.out / "whole"
     if corpus.is_dir():
         return read_facts(corpus)
@@ -222,15 +218,6 @@ def _try_to_make(name: str, at: Workplace) -> str:
     except (RunError, ImportError) as error:
         _say(f"{name}: not run: {error}")
         return str(error)
-
-
-def _records(at: Workplace) -> list[dict]:
-    file = at.folder / "records.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-def _record(at: Workplace, name: str, seed: int) -> dict | None:
-    return next((r for r in _records(at) if (r["arm"], r["seed"]) == (name, seed)), None)
 
 
 def _say(line: str) -> None:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -26,12 +26,12 @@ def summarise(records: Sequence[Mapping], arms: Mapping[str, str], against: str)
         if its:
             for metric in METRICS:
                 scale = 100 if metric in _PERCENT else 1
-                row |= _spread(metric, [scale * record["score"][metric] for record in its.values()])
+                row |= spread(metric, [scale * record["score"][metric] for record in its.values()])
             common = sorted(set(its) & set(by_arm.get(against, {})))
             if common and arm != against:
                 other = by_arm[against]
                 gains = [its[s]["score"]["exact_match"] - other[s]["score"]["exact_match"] for s in common]
-                row |= _spread("gain", [100 * gain for gain in gains])
+                row |= spread("gain", [100 * gain for gain in gains])
                 row["wins"] = f"{sum(gain > 0 for gain in gains)}/{len(gains)}"
             for key in ("hidden", "answers"):
                 shares = [record["masks"][key] for record in its.values() if record["masks"]]
@@ -41,7 +41,8 @@ def summarise(records: Sequence[Mapping], arms: Mapping[str, str], against: str)
     return rows
 
 
-def _spread(name: str, values: list[float]) -> dict[str, float | None]:
+def spread(name: str, values: list[float]) -> dict[str, float | None]:
+    """Return the mean as ``name`` and the sample standard deviation as ``name_sd``; None for a single value."""
     return {name: mean(values), f"{name}_sd": stdev(values) if len(values) > 1 else None}
 
 
@@ -54,8 +55,8 @@ def markdown(rows: Sequence[Mapping], against: str) -> str:
             lines.append([row["title"], "not run", *[""] * (len(head) - 2)])
             continue
         cells = [row["title"], *(_number(row.get(key)) for key in ("hidden", "answers"))]
-        cells += [_plus_minus(row, metric) for metric in METRICS]
-        gain = f"{_plus_minus(row, 'gain', '+')} ({row['wins']})" if "gain" in row else ""
+        cells += [plus_minus(row, metric) for metric in METRICS]
+        gain = f"{plus_minus(row, 'gain', '+')} ({row['wins']})" if "gain" in row else ""
         lines.append([*cells, gain, _number(row["seconds"])])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -64,24 +65,28 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
-def _plus_minus(row: Mapping, name: str, sign: str = "") -> str:
+def plus_minus(row: Mapping, name: str, sign: str = "") -> str:
+    """Return a mean ± its standard deviation, as :func:`spread` names them."""
     digits = 2 if name == "log_likelihood" else 1
     told = f"{row[name]:{sign}.{digits}f}"
     return told if row[f"{name}_sd"] is None else f"{told} ± {row[f'{name}_sd']:.{digits}f}"
 
 
-def write(folder: Path, name: str, rows: Sequence[Mapping], study: Mapping, note: str, against: str) -> list[Path]:
-    """Write ``name.{md,csv,json,png}``; the PNG only if matplotlib is there. Return the files."""
+def write(
+    folder: Path, name: str, text: str, rows: Sequence[Mapping], study: Mapping, draw: Callable[..., bool]
+) -> list[Path]:
+    """Write ``name.{md,csv,json,png}``: the text, the rows of its table, the whole study, and what ``draw(file, rows,
+    study)`` draws if it can. Return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.{kind}" for kind in ("md", "csv", "json", "png")]
-    files[0].write_text(f"{note}\n\n{markdown(rows, against)}", encoding="utf-8")
+    files[0].write_text(text, encoding="utf-8")
     keys = list(dict.fromkeys(key for row in rows for key in row))
     with open(files[1], "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, keys, lineterminator="\n")
         table.writeheader()
         table.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     files[2].write_text(json.dumps(study, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return files if plot(files[3], rows, study) else files[:3]
+    return files if draw(files[3], rows, study) else files[:3]
 
 
 def plot(path: Path, rows: Sequence[Mapping], study: Mapping) -> bool:
