@@ -1,7 +1,7 @@
 """Gradient norms per sample, read off an ordinary backward, and the weighted gradient without a second one.
 
-No sample's gradient is ever formed. A layer's gradient is a sum over the rows it sees, so the inputs and the gradients at
-the outputs say all that there is to know (arXiv 1510.01799; for self-influence arXiv 2311.00913).
+No sample's gradient is ever formed. A layer's gradient is a sum over the rows it sees, so the inputs and the gradients
+at the outputs say all that there is to know (arXiv 1510.01799; for self-influence arXiv 2311.00913).
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from pretrain.influence.layers import Measure
 from pretrain.influence.ledger import Ledger, weighted_gradients
 from pretrain.influence.selection import find_layers, select
 from pretrain.influence.taps import tapped
+from pretrain.influence.trial import told_apart
 from pretrain.model.multi_objective import MultiObjectiveModel
 
 
@@ -50,7 +51,7 @@ class GhostNorms:
         impl: str = "auto",
         longest: int | None = None,
     ):
-        self._layers = find_layers(model)
+        self._layers = told_apart(model, find_layers(model))
         self._measured = select(model, layers, self._layers, norms_only=score == "layer_norm")
         self._score: Literal["gram", "sketch"] = "sketch" if score == "sketch" else "gram"
         self._sketch = {"sketch_size": sketch_size, "seed": seed}
@@ -59,6 +60,11 @@ class GhostNorms:
         self.why_not_deferred = self._find_why_not(model)
         """Why there is no deferred form for this model; None if there is: every trained parameter is one of a layer
         whose gradient can be told apart by sample."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """K's parameters."""
+        return [p for layer in self._layers if id(layer.parameters[0]) in self._measured for p in layer.parameters]
 
     @contextmanager
     def recording(self, batch: Batch, *, deferred: bool, step: int = 0) -> Iterator[None]:
@@ -85,9 +91,9 @@ class GhostNorms:
     def squared_norms(self) -> torch.Tensor:
         """Return each sample's squared norm of its gradient over K, ``[S]`` float32; 0 for samples without target.
 
-        The gradient is that of the very scalar whose backward was recorded: if a sample's loss enters it with a factor
-        (scale, weight, world size), its squared norm has the factor's square. Divide by it, if it is not 0, for those of
-        the loss itself.
+        The gradient is that of the very scalar whose backward was recorded: if a sample's loss enters it with a
+        factor (scale, weight, world size), its squared norm has the factor's square. Divide by it, if it is not 0, for
+        those of the loss itself.
         """
         return self._ledger.squared_norms()
 
@@ -103,6 +109,8 @@ class GhostNorms:
         return total
 
     def _find_why_not(self, model: MultiObjectiveModel) -> str | None:
+        if model.encoder.activation_checkpointing:
+            return "model.activation_checkpointing recomputes what the deferred gradient would have to keep"
         known = {id(each) for layer in self._layers for each in layer.parameters}
         lost = next((n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known), None)
         return lost and f"{lost} lies in no layer whose gradient can be told apart by sample"

@@ -56,7 +56,7 @@ class Measure:
 
 
 class Layer(ABC):
-    """A module, by its ``name`` in the model, whose trained parameters are ``parameters``, its matrix or scale first."""
+    """A module, ``name`` in the model, whose trained parameters are ``parameters``, its matrix or scale first."""
 
     method: ClassVar[str] = "forward"
     """What calls it."""

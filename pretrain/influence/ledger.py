@@ -46,6 +46,14 @@ class Ledger:
         if len(uses) == self.expected[key]:
             self._measure(key)
 
+    def refuse(self, layer: Layer) -> None:
+        """Take note of a call on rows that are none of samples.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(f"{layer.name}: its rows are none of samples, so its gradient cannot be told apart")
+
     def squared_norms(self) -> torch.Tensor:
         """Return the squared norms ``[S]`` float32 of what was told."""
         for key in [key for key, uses in self.uses.items() if len(uses) < self.expected[key]]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from pretrain.errors import UserError, unknown
 from pretrain.influence.layers import KINDS, Layer
+from pretrain.model.encoder_decoder import ProjectionHead
 from pretrain.model.multi_objective import MultiObjectiveModel
 
 ALL, FIRST_BLOCK, LAYER_NORMS = "all", "first_block", "layer_norms"
@@ -43,6 +44,10 @@ def select(model: MultiObjectiveModel, names: str | list[str], layers: list[Laye
     by_parameter = {id(each): layer for layer in layers for each in layer.parameters}
     if norms_only:
         wanted = {each for each in wanted if each in by_parameter and by_parameter[each].normalises}
+    for head in model.modules():
+        if isinstance(head, ProjectionHead) and head.bias is not None and id(head.projection.weight) in wanted:
+            family = model.encoder.config.model_type
+            raise UserError(f"weigher.layers: '{family}' adds a constant to its logits; leave its embeddings out")
     named = {id(each): name for name, each in model.named_parameters()}
     for lost in (name for each, name in named.items() if each in wanted and each not in by_parameter):
         raise UserError(

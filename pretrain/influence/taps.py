@@ -86,7 +86,8 @@ class Tap:
 
         def tell(inputs: torch.Tensor, gradients: torch.Tensor) -> None:
             if segments is None:
-                raise RuntimeError(f"{self.layer.name}: its rows are none of samples")
+                self.ledger.refuse(self.layer)
+                return
             use = self.layer.use(inputs, gradients, segments)
             self.ledger.keep(self.layer, Use.joined([use]) if scattered else use)
 
