@@ -14,6 +14,7 @@ from pydantic import Field
 
 from pretrain.config import Config, ScheduledNumber, parse
 from pretrain.errors import UserError, unknown
+from pretrain.influence.switch import NoiseSwitch
 from pretrain.influence.weights import effective_sample_size
 
 EACH = "each"
@@ -71,12 +72,18 @@ class Weigher(ABC):
     """What recipes call it."""
     Config: ClassVar[type[WeigherConfig]]
     measures: ClassVar[Literal["nothing", "losses", "norms"]]
+    switch: NoiseSwitch | None = None
+    """What wants to know of the noise of a step's gradient, if anything does."""
 
     def __init__(self, config: WeigherConfig, objectives: Mapping[str, bool], mixes: bool, seed: int, steps: int):
         self.config, self.seed, self.steps = config, seed, steps
         self.name = config.name
-        self.scoring = _scoring(config, objectives, mixes) if self.measures != "nothing" else []
+        self.scoring: list[str] = []
         """The objectives that can score."""
+        self.each = False
+        """Whether each of them weighs for itself; otherwise the one weighs for all objectives of the step."""
+        if self.measures != "nothing":
+            self.scoring, self.each = _scoring(config, objectives, mixes)
         self.below_floor = 0
         """Steps whose effective sample size was below the floor."""
 
@@ -107,15 +114,15 @@ class Weigher(ABC):
         return weights
 
     @abstractmethod
-    def _scores(self, measures: Measures) -> np.ndarray:
-        """Return the scores ``[n]``."""
+    def scores(self, measures: Measures) -> np.ndarray:
+        """Return the scores ``[n]`` of what was measured."""
 
     @abstractmethod
     def _weigh(self, step: int, objective: str, scores: np.ndarray, samples: int) -> np.ndarray:
         """Return the weights of the scores ``[n]``, which are all finite."""
 
     def _scored(self, measures: Measures) -> tuple[np.ndarray, np.ndarray]:
-        scores = self._scores(measures)
+        scores = self.scores(measures)
         return scores, (measures.targets > 0) & np.isfinite(scores)
 
     def weighs_apart(self, objective: str) -> bool:
@@ -171,8 +178,8 @@ def build_weigher(config: WeigherConfig, objectives: Mapping[str, bool], mixes: 
     return WEIGHERS[config.name](config, objectives, mixes, seed, steps)
 
 
-def _scoring(config: WeigherConfig, objectives: Mapping[str, bool], mixes: bool) -> list[str]:
-    """Return the objectives that can score."""
+def _scoring(config: TemperedConfig, objectives: Mapping[str, bool], mixes: bool) -> tuple[list[str], bool]:
+    """Return the objectives that can score, and whether each does for itself."""
     able = [name for name, has_gradients in objectives.items() if has_gradients]
     wanted = config.score_objective
     if wanted is None:
@@ -183,4 +190,4 @@ def _scoring(config: WeigherConfig, objectives: Mapping[str, bool], mixes: bool)
         which = f"'{wanted}'" if wanted != EACH else ", ".join(objectives)
         hint = f"name one of {', '.join(able)}" if able else "set weigher.name to uniform"
         raise UserError(f"weigher.score_objective: the samples of {which} have no gradients of their own; {hint}")
-    return able if wanted == EACH else [wanted]
+    return (able, True) if wanted == EACH else ([wanted], False)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pretrain.data.batch import Batch
-from pretrain.influence.layers import Measure
+from pretrain.influence.layers import Layer, Measure
 from pretrain.influence.ledger import Ledger, weighted_gradients
 from pretrain.influence.selection import find_layers, select
 from pretrain.influence.taps import tapped
@@ -53,6 +53,9 @@ class GhostNorms:
     ):
         self._layers = told_apart(model, find_layers(model))
         self._measured = select(model, layers, self._layers, norms_only=score == "layer_norm")
+        measured = {id(p): p for each in self._layers if self._is_measured(each) for p in each.parameters}
+        self.parameters = list(measured.values())
+        """K's."""
         self._score: Literal["gram", "sketch"] = "sketch" if score == "sketch" else "gram"
         self._sketch = {"sketch_size": sketch_size, "seed": seed}
         self._impl, self._longest = impl, longest
@@ -83,7 +86,7 @@ class GhostNorms:
         longest = self._longest if self._longest is not None or not batch.tokens.is_cuda else batch.tokens.shape[1]
         measure = Measure(self._score, samples, self._impl, **self._sketch, stream=f"ghost/{step}", longest=longest)
         self._ledger = Ledger(self._measured, measure, keeps=deferred, device=device)
-        layers = self._layers if deferred else [each for each in self._layers if self._ledger.measures(each)]
+        layers = [each for each in self._layers if deferred or self._is_measured(each)]
         anchor = torch.zeros((), device=device, requires_grad=True) if deferred else None
         with tapped(layers, self._ledger, anchor):
             yield
@@ -107,6 +110,9 @@ class GhostNorms:
         for parameters, told in reversed(ledger.take()):
             total = total + _Injected.apply(weights, told, *parameters)
         return total
+
+    def _is_measured(self, layer: Layer) -> bool:
+        return id(layer.parameters[0]) in self._measured
 
     def _find_why_not(self, model: MultiObjectiveModel) -> str | None:
         if model.encoder.activation_checkpointing:

@@ -6,6 +6,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pretrain.config import Scheduled, ScheduledNumber
+from pretrain.errors import UserError
 from pretrain.influence.base import Measures, TemperedConfig, Weigher, register
 from pretrain.influence.switch import NoiseSwitch
 from pretrain.influence.weights import permuted, softmax_weights, standardised, window_weights
@@ -76,8 +77,15 @@ class PresenceWeigher(Weigher):
     """Whether the weights are handed out at random."""
 
     def __init__(self, config, objectives, mixes, seed, steps):
+        if config.granularity == MICROBATCH:  # a micro-batch has a gradient, whatever its objectives
+            objectives = dict.fromkeys(objectives, True)
         super().__init__(config, objectives, mixes, seed, steps)
         self.switch = NoiseSwitch() if config.switch else None
+        if self.switch and mixes and len(self.scoring) > 1 and config.granularity != MICROBATCH:
+            raise UserError(
+                "weigher.switch: 'auto' needs one objective that scores; name it in weigher.score_objective, such as "
+                f"'{self.scoring[0]}'"
+            )
         self.windows: dict[str, list[float]] = {}
         """Objective → the latest scores, the oldest first."""
 
@@ -92,7 +100,7 @@ class PresenceWeigher(Weigher):
     def weighs_apart(self, objective: str) -> bool:
         return not self.shuffles and len(self.windows.get(objective, ())) > 1
 
-    def _scores(self, measures: Measures) -> np.ndarray:
+    def scores(self, measures: Measures) -> np.ndarray:
         if self.config.length_normalised:
             return measures.squares / np.maximum(measures.targets, 1.0) ** 2
         return measures.squares
@@ -131,7 +139,7 @@ class PresenceWeigher(Weigher):
 
 @register
 class ShuffledWeigher(PresenceWeigher):
-    """The control: PRESENCE's weights of the very same step, handed out at random. A gain that it has as well is not one
+    """The control: PRESENCE's weights of the very same step, handed out at random. A gain that it has too is not one
     of self-influence."""
 
     name = "shuffled"

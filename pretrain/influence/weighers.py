@@ -20,7 +20,7 @@ class UniformWeigher(Weigher):
     def temperature(self, step: int) -> float:
         return 0.0
 
-    def _scores(self, measures: Measures) -> np.ndarray:
+    def scores(self, measures: Measures) -> np.ndarray:
         return np.zeros(len(measures.targets))
 
     def _weigh(self, step: int, objective: str, scores: np.ndarray, samples: int) -> np.ndarray:
@@ -50,7 +50,7 @@ class LossWeigher(Weigher):
     Config = LossConfig
     measures = "losses"
 
-    def _scores(self, measures: Measures) -> np.ndarray:
+    def scores(self, measures: Measures) -> np.ndarray:
         return measures.losses
 
     def _weigh(self, step: int, objective: str, scores: np.ndarray, samples: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.store import Store
 from pretrain.data.tokenization import load_tokenizer
 from pretrain.errors import UserError
+from pretrain.influence import Weigher, build_weigher
 from pretrain.masking.config import LIVE
 from pretrain.masking.learning.live import LiveExtractor, LiveSpans
 from pretrain.model.encoder import backbone_config, build_encoder
@@ -39,6 +40,7 @@ class Parts:
     sizes: dict[str, int]
     """Component → number of parameters."""
     sampler: Sampler
+    weigher: Weigher
     row_length: int
     extractors: dict[str, LiveExtractor]
     """Those that compute an annotation while training, by its name."""
@@ -118,6 +120,7 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
         components=components,
         sizes={name: sum(p.numel() for p in params) for name, params in components.items()},  # ZeRO-3 empties them
         sampler=sampler,
+        weigher=_weigher(recipe, model, sampler),
         row_length=_row_length(recipe, longest, model),
         extractors=_load_extractors(model),
     )
@@ -179,6 +182,11 @@ def _load_own_tokenizer(folder: Path, store: Store) -> PreTrainedTokenizerBase:
     if expected and (not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected):
         raise UserError(f"data.store: {file} is not the tokenizer the store was made with; prepare the corpus again")
     return load_tokenizer(folder)
+
+
+def _weigher(recipe: Recipe, model: MultiObjectiveModel, sampler: Sampler) -> Weigher:
+    able = {name: not objective.couples_samples for name, objective in model.objectives.items()}
+    return build_weigher(recipe.weigher_config, able, sampler.mixes, recipe.seed, recipe.training.steps)
 
 
 def _check_probe(parts: Parts) -> None:

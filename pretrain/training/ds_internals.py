@@ -97,7 +97,7 @@ def read_gradient(engine: DeepSpeedEngine) -> list[Tensor]:
     every backward, and stages 0 and 1 have this rank's own gradients of whole parameters, averaged here one by one.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    cut = _shards(engine)
+    cut = shards(engine)
     parts = [torch.zeros_like(flat.master, dtype=torch.float32) for flat in cut]
     if stage == 3:
         for part, summed in zip(parts, _summed_by_stage_3(optimizer, parts), strict=True):
@@ -124,7 +124,7 @@ def write_gradient(engine: DeepSpeedEngine, parts: list[Tensor]) -> None:
     """Replace the accumulated gradient by ``parts``, such as ``read_gradient`` gives, as if a backward left them."""
     forget_gradients(engine)
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    cut = _shards(engine)
+    cut = shards(engine)
     if stage == 3:
         for part, summed in zip(parts, _summed_by_stage_3(optimizer, parts), strict=True):
             summed.copy_(part)
@@ -150,7 +150,7 @@ def write_gradient(engine: DeepSpeedEngine, parts: list[Tensor]) -> None:
         optimizer.micro_step_id = INITIAL_MICRO_STEP_ID + 1  # has the next backward add
 
 
-def _shards(engine: DeepSpeedEngine) -> list[Flat]:
+def shards(engine: DeepSpeedEngine) -> list[Flat]:
     """Return the flats such that no two ranks hold the same element: at stage 0 each rank's is a slice."""
     found = flats(engine)
     if engine.zero_optimization_stage() > 0:

@@ -99,6 +99,15 @@ class Engine:
             self._forwards += 1
         return self._engine(*args, **kwargs)
 
+    def run_apart(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module as a call of the engine does, for a ``torch.autograd.backward`` of which DeepSpeed shall know
+        nothing: one that gives no parameter a gradient. Stages 0 to 2; the weights of stage 3 are in pieces.
+
+        It counts as a call: another loss may take the place of its outputs in ``backward``.
+        """
+        self._forwards += 1
+        return self._engine.module(*args, **kwargs)
+
     def begin_step(self) -> None:
         """Forget every gradient there is; the first call of a step."""
         ds_internals.forget_gradients(self._engine)
@@ -156,6 +165,16 @@ class Engine:
         parts: dict[str, list[Tensor]] = {}
         for component, part in zip(self._flat_components, ds_internals.read_gradient(self._engine), strict=True):
             parts.setdefault(component, []).append(part)
+        return Gradient(parts)
+
+    def restrict(self, gradient: Gradient, parameters: Collection[nn.Parameter]) -> Gradient:
+        """Return what a gradient holds of some of the module's parameters; views of its shards, no copies."""
+        wanted = {id(parameter) for parameter in parameters}
+        shards = {component: iter(each) for component, each in gradient.parts.items()}
+        parts: dict[str, list[Tensor]] = {component: [] for component in gradient.parts}
+        for component, flat in zip(self._flat_components, ds_internals.shards(self._engine), strict=True):
+            shard = next(shards[component])
+            parts[component] += [each.of(shard) for each in flat.fragments if id(each.parameter) in wanted]
         return Gradient(parts)
 
     def put_gradient(self, gradient: Gradient) -> None:

@@ -25,6 +25,8 @@ class StepFacts:
     grad_norm: float | None
     """Global norm before clipping, None if the step was skipped."""
     seconds: float
+    effective_sample_size: float = 1.0
+    """(Σw)² / Σw² over the sample weights, as a fraction of the samples."""
 
     @property
     def means(self) -> dict[str, float]:
@@ -49,7 +51,7 @@ class StepFacts:
             "tallies": {name: int(number) for name, number in self.tallies.items()},
             "plan": self.plan,
             "probabilities": self.probabilities,
-            "effective_sample_size": 1.0,
+            "effective_sample_size": self.effective_sample_size,
             "lr": self.learning_rate,
             "grad_norm": self.grad_norm,
             "tokens": self.batch.tokens,

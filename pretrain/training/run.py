@@ -27,6 +27,7 @@ from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
 from pretrain.training.saving import check_agreement, resume
 from pretrain.training.stop import StopRequest
 from pretrain.training.trainer import Trainer
+from pretrain.training.weighing import check_weighing
 
 _ROOT = Path(__file__).parents[2]
 DEFAULT_RECIPE = _ROOT / "configs" / "recipes" / "quickstart.yaml"
@@ -116,6 +117,7 @@ def _run(args: argparse.Namespace, kind: Kind) -> None:
             parts = kind.build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
             lr_scales = _lr_scales(recipe, parts, kind)
             check_stopping(parts)
+            check_weighing(parts, world_size)
             start = _starting_point(recipe, args.resume, rank, kind) if not args.dry_run else None
             if rank == 0 and not args.dry_run:
                 lock = _make_folder(recipe)
@@ -192,6 +194,8 @@ def _train(trainer: Trainer, start: Path | None, ds_config: dict) -> None:
         for name, objective in parts.model.objectives.items():
             for note in objective.notes:
                 trainer.log.say(f"note: {name}: {note}")
+        for note in trainer.weighing.notes:
+            trainer.log.say(f"note: weigher: {note}")
         idle = trainer.finished
         for spans in parts.annotations(parts.store).values() if engine.rank == 0 else ():
             if isinstance(spans, LiveSpans):
@@ -242,6 +246,7 @@ def _check_same_model(recipe: Recipe, start: Path, kind: Kind) -> None:
         ("model", _architecture(recipe), _architecture(saved)),
         ("objectives", list(recipe.objective_configs.items()), list(saved.objective_configs.items())),
         ("sampler", recipe.sampler_config, saved.sampler_config),
+        ("weigher", recipe.weigher_config, saved.weigher_config),
         ("training.optimizer.name", recipe.training.optimizer.name, saved.training.optimizer.name),
         *((key, getattr(recipe, key), getattr(saved, key)) for key in kind.own_keys),
     ):

@@ -24,6 +24,7 @@ from pretrain.training.record import StepFacts
 from pretrain.training.saving import last_checkpoint, save
 from pretrain.training.stop import StopRequest
 from pretrain.training.tartan import DevGradient, accumulate_apart
+from pretrain.training.weighing import Weighed, Weighing
 
 
 class Trainer:
@@ -40,6 +41,7 @@ class Trainer:
         self.probe = SamplerProbe(parts, engine)
         self.dev_gradient = DevGradient(parts, engine) if isinstance(parts.sampler, MetaTartanSampler) else None
         self.early = EarlyStopping(parts, engine)
+        self.weighing = Weighing(parts, engine)
         self.flops = FlopCounter(parts, engine)
         self.log: RunLog | SilentLog = SilentLog()
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
@@ -70,10 +72,11 @@ class Trainer:
         scales = self.loss_scales(plan, targets)
 
         self.engine.begin_step()
+        weighed = Weighed()
         if self.sampler.wish(self.step) is Wish.STEP:
             sums, lesson = accumulate_apart(self, views, plan, targets)
         else:
-            sums = self.accumulate(views, scales)
+            sums, weighed = self.weighing.accumulate(self, batch, views, plan, scales)
         sums = self.agree(sums)
 
         learning_rate = self.config.optimizer.learning_rate * self.config.schedule.factor(self.step, self.config.steps)
@@ -81,13 +84,15 @@ class Trainer:
         self.step, self.tokens = self.step + 1, self.tokens + batch.tokens
 
         seconds = time.monotonic() - began
-        facts = StepFacts(batch, plan, probabilities, targets, tallies, sums, learning_rate, grad_norm, seconds)
+        numbers = learning_rate, grad_norm, seconds, weighed.effective_sample_size
+        facts = StepFacts(batch, plan, probabilities, targets, tallies, sums, *numbers)
         if grad_norm is not None:
             self.sampler.observe(self.step - 1, plan, facts.losses(self.model.objectives))
         return {
             "step": self.step,
             **facts.record(self.model.objectives),
             "sampler": lesson,
+            "weigher": weighed.told,
             "tokens_seen": self.tokens,
             "skipped": self.skipped,
             "mfu": self.flops.utilisation(plan, batch.tokens, seconds),
@@ -126,12 +131,18 @@ class Trainer:
             for term, weight in self.model.objectives[name].terms.items()
         }
 
-    def accumulate(self, views: list[dict[str, View]], scales: dict[str, float]) -> dict[str, torch.Tensor]:
-        """Add up the gradients of all micro-steps; return this rank's sums of losses, a scalar a term."""
+    def accumulate(
+        self,
+        views: list[dict[str, View]],
+        scales: dict[str, float],
+        weights: list[dict[str, torch.Tensor]] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Add up the gradients of all micro-steps, each with its ``weights`` (objective → ``[S]`` float32) if there are
+        any; return this rank's sums of losses, a scalar a term, without weights."""
         sums = dict.fromkeys(scales, torch.zeros((), device=self.engine.device))
         for number, micro_views in enumerate(views):
             self.seed_dropout(number)
-            loss, sample_sums = self.engine(micro_views, scales)
+            loss, sample_sums = self.engine(micro_views, scales, weights[number] if weights else None)
             self.engine.backward(loss)
             for term, per_sample in sample_sums.items():
                 sums[term] = sums[term] + per_sample.sum()
@@ -197,6 +208,7 @@ class Trainer:
         counters = {name: getattr(self, name) for name in ("step", "tokens", "skipped", "skipped_in_a_row")}
         data = {name: each.fingerprint for name, each in self.model.objectives.items() if each.fingerprint}
         stateful = {"loader": self.loader, "sampler": self.sampler, "probe": self.probe, "stopping": self.early}
+        stateful["weighing"] = self.weighing
         states = {name: each.state_dict() for name, each in stateful.items()}
         return {**counters, **states, "objective_data": data}
 
@@ -213,5 +225,6 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.probe.load_state_dict(state.get("probe", {}))
         self.early.load_state_dict(state.get("stopping", self.early.state_dict()))
+        self.weighing.load_state_dict(state.get("weighing", self.weighing.state_dict()))
         for name in ("step", "tokens", "skipped", "skipped_in_a_row"):
             setattr(self, name, state[name])
