@@ -64,11 +64,6 @@ class GhostNorms:
         """Why there is no deferred form for this model; None if there is: every trained parameter is one of a layer
         whose gradient can be told apart by sample."""
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """K's parameters."""
-        return [p for layer in self._layers if id(layer.parameters[0]) in self._measured for p in layer.parameters]
-
     @contextmanager
     def recording(self, batch: Batch, *, deferred: bool, step: int = 0) -> Iterator[None]:
         """Record the forward and the backward, within, of one objective's loss on one micro-batch.
