@@ -15,7 +15,7 @@ from pretrain.errors import UserError
 from pretrain.masking.config import MaskingConfig
 from pretrain.masking.masker import Masker
 from pretrain.model.vocabulary import Vocabulary
-from studies import cloze, masking, show_masks
+from studies import cloze, masking, records, show_masks, tartan, tartan_arms, tartan_report
 from studies.drawing import draw_masks
 from studies.mask_arms import read_spans, write_spans
 from studies.reporting import summarise
@@ -164,3 +164,66 @@ def test_pictures_of_masks_show_each_token_once(corpus, tmp_path):
     assert show_masks.main([str(corpus), "--samples", "0,5", "--visits", "3", "--out", str(tmp_path / "masks")]) == 0
     assert (tmp_path / "masks.html").read_text().count("<h2>") == len(show_masks.DEFAULT)
     assert show_masks.main([str(corpus), "--samples", "99999", "--out", str(tmp_path / "masks")]) == 2
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A folder with one task, of 2 classes, and its domain text."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "places").mkdir()
+    for split, count in (("train", 24), ("dev", 9), ("test", 7)):
+        rows = [{"text": text, "label": str("garden" in text)} for text in sentences()[:160:3][:count]]
+        (folder / "places" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "places" / "domain.txt").write_text("\n\n".join(sentences()))
+    return folder
+
+
+def test_the_tartan_study_runs_and_goes_on_and_no_arm_spends_more_than_another(tasks, tmp_path, capsys):
+    command = ["--tasks", str(tasks), "--only", "places", "--quick", "--vocabulary", "300", "--max-train", "20"]
+    command += ["--out", str(tmp_path / "out")]
+    assert tartan.main([*command, "--seeds", "1", "--arms", "none,tapt"]) == 0
+    before = records.read(tmp_path / "out")
+    assert tartan.main([*command, "--seeds", "1"]) == 0
+    assert "| places | META-TARTAN | macro_f1 |" in capsys.readouterr().out
+    done = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
+    assert done[:2] == before and [record["arm"] for record in done] == list(tartan_arms.ARMS)
+    none, tapt, mt, meta = done
+    assert tapt["steps"] > mt["steps"] >= meta["steps"] >= 2 and len(mt["dev_of_first_stage"]) == 2
+    place = tartan_arms.Place(
+        "places", *(tmp_path / "out" / name for name in ("tasks/places", "corpora/places")), *"__"
+    )
+    step = tartan_arms.costs(place, tartan.QUICK).step
+    for record in (tapt, mt, meta):
+        assert 0 <= none["passes"] - record["passes"] < step[record["arm"]] + 9 * 64
+    assert mt["weights"] == pytest.approx(dict.fromkeys(("end_task", "task_mlm", "mlm"), 1 / 3))
+    assert not list((tmp_path / "out" / "runs").iterdir())
+    assert len((tmp_path / "out" / "tasks" / "places" / "train.jsonl").read_text().splitlines()) == 20
+    assert tartan.main([*command, "--max-dev", "3"]) == 2  # another study's folder
+    assert tartan.main([*command[:3], "nowhere", *command[4:]]) == 2
+
+
+def test_what_an_arm_spends_is_counted_token_by_token(tasks, tmp_path):
+    tokenizer = tmp_path / "corpus"
+    prepare([tasks / "places" / "domain.txt"], tokenizer, workers=1, heldout=0, vocabulary=300, max_length=64)
+    settings = tartan_arms.Settings(batch=5, dev_samples=4, epochs=7, tune_epochs=2, scorings=3)
+    place = tartan_arms.Place("places", tasks / "places", tokenizer, tmp_path, tmp_path)
+    costs = tartan_arms.costs(place, settings)
+    encode = load_tokenizer(tokenizer / "tokenizer")
+    rows = {name: (tasks / "places" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "dev")}
+    lengths = {name: [len(encode(json.loads(r)["text"])["input_ids"]) for r in its] for name, its in rows.items()}
+    train, dev = lengths["train"], lengths["dev"]
+    assert (costs.epoch, costs.scoring) == (3 * sum(train) + sum(dev), sum(dev))
+    corpus = Store(tokenizer / "train").lengths.mean()
+    assert costs.step["tapt"] == pytest.approx(3 * 5 * np.mean(train))
+    assert costs.step["mt"] == pytest.approx(3 * 5 * (2 * np.mean(train) + corpus))
+    assert costs.step["meta"] - costs.step["mt"] == pytest.approx((3 * 4 + 2) * np.mean(dev))
+
+
+def test_p_values_are_those_of_counting_by_hand():
+    gains = [1.0, 2.0, 3.0, -0.5, 4.0]
+    signs = [[1 if number >> place & 1 else -1 for place in range(5)] for number in range(32)]
+    means = np.array([np.dot(each, np.abs(gains)) for each in signs])
+    found = tartan_report.p_values(gains)
+    assert found["p_flips"] == pytest.approx((means >= sum(gains) - 1e-9).mean() * 2)
+    assert found["p_t"] == pytest.approx(0.067, abs=0.01)
+    assert tartan_report.p_values([1.0]) == {"p_t": None, "p_flips": None}

@@ -248,7 +248,11 @@ def limit_train(task: Task, samples: int) -> Task:
     train = task.splits["train"]
     if samples >= len(train):
         return task
-    hashes = _content_hashes(train)
-    kept = sorted(sorted(range(len(train)), key=lambda i: hashes[i])[:samples])
     note = f"train limited to {samples} of {len(train)} samples, chosen by hash"
-    return replace(task, splits={**task.splits, "train": train.take(kept)}, notes=[*task.notes, note])
+    return replace(task, splits={**task.splits, "train": limit_split(train, samples)}, notes=[*task.notes, note])
+
+
+def limit_split(split: Split, samples: int) -> Split:
+    """Return at most ``samples`` of a split's samples: those of the lowest content hash, in their order."""
+    hashes = _content_hashes(split)
+    return split.take(sorted(sorted(range(len(split)), key=lambda i: hashes[i])[:samples]))
