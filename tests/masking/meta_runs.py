@@ -26,14 +26,6 @@ FIRST = 5
 VOCABULARY_SIZE = FIRST + CLASSES * SIGNALS + NOISE
 
 
-def is_signal(tokens: torch.Tensor) -> torch.Tensor:
-    return (tokens >= FIRST) & (tokens < FIRST + CLASSES * SIGNALS)
-
-
-def is_noise(tokens: torch.Tensor) -> torch.Tensor:
-    return tokens >= FIRST + CLASSES * SIGNALS
-
-
 def _sample(rng: np.random.Generator) -> tuple[list[int], int]:
     kind, length = int(rng.integers(CLASSES)), int(rng.integers(9, 16))
     words = []
