@@ -185,7 +185,7 @@ def alignment_while_learning(signals, folder, shuffled: bool, **changes) -> floa
 
 
 def test_a_policy_learns_to_hide_what_helps_the_end_task_more_than_shuffled_labels_do(signals, tmp_path):
-    """One of the eight seeds of docs/masking.md; the bounds hold for all of them."""
+    """One of the eight seeds of docs/masking.md, whose results the bounds were set after; they hold for all of them."""
     learnt = alignment_while_learning(signals, tmp_path / "learnt", False, policy__learning_rate=0.01)
     control = alignment_while_learning(signals, tmp_path / "control", True, policy__learning_rate=0.01)
     assert learnt > 0.02 and learnt > control + 0.01, (learnt, control)  # at random: -0.002 ± 0.004

@@ -7,7 +7,7 @@ L_task(θ) − α ⟨∇L_task(θ), ∇L_mlm(θ; x, m)⟩ (arXiv 2104.08840; DAR
     ∂L_task(θ') / ∂m_t ≈ −α ∂/∂m_t ⟨g, ∇_θ L_mlm⟩ = −α · d/dε ∂L_mlm(θ + εg) / ∂m_t  at ε = 0,  g = ∇L_task(θ)
 
 and the derivative by ε is a central difference of two ordinary gradients. The other way, a second backward pass through
-the gradient of L_mlm, costs as much but needs every operation to be differentiable twice: flash attention, the fused
+the gradient of L_mlm, needs every operation to be differentiable twice: flash attention, the fused
 losses and activation checkpointing are not.
 """
 
