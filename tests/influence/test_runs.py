@@ -1,0 +1,273 @@
+"""Runs whose samples are weighed: against PRESENCE written out in plain torch, and against each other."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.influence.sample_log import read_sample_log
+from pretrain.recipe import recipe_from
+from pretrain.training.build import build
+from tests.builders import lay_out
+from tests.influence.test_weights import written_out
+from tests.training.runs import metrics, recipe, states, train, write_corpus
+
+TWO_STAGES = {"schedule": "steps", "from": 1, "steps": {0.5: -1}}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def weighed(corpus, run, micro_batch_rows: int = 8, objectives=("mlm",), dropout: float = 0.0, **weigher) -> dict:
+    """Return the recipe of four steps; 8 rows a step, some 28 samples."""
+    return recipe(
+        corpus,
+        run,
+        objectives={name: {} for name in objectives},
+        sampler={},
+        weigher={"name": "presence", "temperature": TWO_STAGES, **weigher},
+        model__dropout=dropout,
+        training__steps=4,
+        training__micro_batch_rows=micro_batch_rows,
+        heldout={"rows": 0},
+        checkpoint={"interval_steps": 2},
+    )
+
+
+def _train(document, ds):
+    return train(document, ds=ds)
+
+
+def run(document: dict, ds: str = "zero2.json", ranks=None) -> tuple[list[dict], str]:
+    """Train, on two ranks if they are given; return the records and what rank 0 said."""
+    outcomes = ranks(_train, document, ds) if ranks else [_train(document, ds)]
+    assert [code for code, _, _ in outcomes] == [0] * len(outcomes), outcomes[0][2]
+    return metrics(Path(document["run"])), outcomes[0][1]
+
+
+def assert_same_training(one: list[dict], other: list[dict], rel: float = 2e-5) -> None:
+    for left, right in zip(one, other, strict=True):
+        for key in ("loss", "grad_norm", "effective_sample_size"):
+            assert left[key] == pytest.approx(right[key], rel=rel), (left["step"], key)
+
+
+def plain(document: dict, by_micro_batch: bool) -> list[dict]:
+    """Train with PRESENCE (arXiv 2311.00913, algorithm 2), one backward a sample or micro-batch; return the records."""
+    parts = build(recipe_from(document, "r.yaml"), dtype=torch.float32)
+    model, config = parts.model, parts.recipe.training
+    named = dict(model.named_parameters())
+    first_block = [name for name in named if "encoder.layer.0." in name]
+    adamw = [{"params": [p], "weight_decay": config.optimizer.weight_decay * (p.ndim > 1)} for p in named.values()]
+    optimizer = torch.optim.AdamW(adamw, lr=0.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    loader, mlm, records = parts.loader(rank=0, world_size=1), model.objectives["mlm"], []
+    for step in range(config.steps):
+        batches = loader.next().micro_batches
+        if not by_micro_batch:
+            ids, visits = (torch.cat([getattr(each, name) for each in batches]) for name in ("sample_ids", "visits"))
+            pairs = zip(ids.tolist(), visits.tolist(), strict=True)
+            batches = [lay_out([[parts.store[i]]], 64, [i], [visit]) for i, visit in pairs]
+        views = [mlm.corrupt(batch, 0.0) for batch in batches]
+        targets = [int(view.counts["mlm"].sum()) for view in views]
+        losses = [mlm.loss(model, view)["mlm"].total / sum(targets) for view in views]
+        gradients = [dict(zip(named, torch.autograd.grad(each, named.values()), strict=True)) for each in losses]
+        scores = [sum(float(each[name].double().square().sum()) for name in first_block) for each in gradients]
+        scored = [number for number, count in enumerate(targets) if count]
+        temperature = 1.0 if step < config.steps / 2 else -1.0
+        weights = [1.0] * len(views)
+        for number, weight in zip(scored, written_out([scores[n] for n in scored], temperature), strict=True):
+            weights[number] = weight
+        for name, parameter in named.items():
+            parameter.grad = sum(weight * each[name] for weight, each in zip(weights, gradients, strict=True))
+        norm = float(torch.nn.utils.clip_grad_norm_(named.values(), config.gradient_clipping))
+        for group in optimizer.param_groups:
+            group["lr"] = config.optimizer.learning_rate * config.schedule.factor(step, config.steps)
+        optimizer.step()
+        size = sum(weights) ** 2 / sum(w * w for w in weights) / len(weights)
+        samples = {"scores": scores, "weights": weights, "targets": targets, "mean": sum(targets) / len(targets)}
+        records.append(
+            {
+                "loss": float(sum(losses).detach()),
+                "grad_norm": norm,
+                "effective_sample_size": size,
+                "step": step + 1,
+                **samples,
+            }
+        )
+    return records
+
+
+@pytest.fixture(scope="module")
+def expected(corpus, tmp_path_factory):
+    return plain(weighed(corpus, tmp_path_factory.mktemp("plain")), by_micro_batch=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ds", "world_size", "weigher"),
+    [
+        (8, "zero2.json", 1, {}),
+        (4, "zero1.json", 2, {}),
+        (2, "zero3.json", 2, {"gradient": "two_pass"}),
+    ],
+)
+def test_a_run_is_presence_written_out_with_a_backward_for_each_sample(
+    corpus, tmp_path, ranks, expected, rows, ds, world_size, weigher
+):
+    records, said = run(weighed(corpus, tmp_path / "run", rows, **weigher), ds, ranks if world_size > 1 else None)
+    assert "note" not in said
+    assert max(each["effective_sample_size"] for each in records) < 0.95
+    assert_same_training(records, expected)
+    for told, each in zip(read_sample_log(tmp_path / "run"), expected, strict=True):
+        scores = [len(each["scores"]) ** 2 * score for score in each["scores"]]  # of losses whose mean is the step's
+        assert told["scores"] == pytest.approx(scores, rel=1e-4)
+        assert told["weights"] == pytest.approx(each["weights"], rel=1e-4)
+        assert told["targets"] == each["targets"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "ds", "keys", "reason"),
+    [
+        (8, "zero3.json", {}, "ZeRO stage 3"),
+        (4, "zero2.json", {}, "a step's 2 micro-steps depend on each other"),
+        (8, "zero2.json", {"activation_checkpointing": True}, "model.activation_checkpointing"),
+    ],
+)
+def test_what_cannot_be_deferred_takes_two_passes_and_says_why(corpus, tmp_path, expected, rows, ds, keys, reason):
+    document = weighed(corpus, tmp_path / "run", rows)
+    document["model"] |= keys
+    records, said = run(document, ds)
+    assert said.count("note: weigher: two passes a step: ") == 1 and reason in said
+    assert_same_training(records, expected)
+
+
+@pytest.mark.parametrize(
+    ("ds", "rows", "weigher"),
+    [
+        ("zero0.json", 4, {}),
+        ("zero1.json", 2, {"normalise": "window", "window": 40}),
+        ("zero2.json", 4, {"score_objective": "each", "layers": "all"}),
+    ],
+)
+def test_a_deferred_gradient_trains_as_two_passes_do(corpus, tmp_path, ranks, ds, rows, weigher):
+    told = []
+    for gradient in ("deferred", "two_pass"):
+        document = weighed(corpus, tmp_path / gradient, rows, ("cse", "mlm", "rtd"), 0.1, gradient=gradient, **weigher)
+        document["objectives"]["cse"]["group_rows"] = 2
+        document["training"]["steps"] = 6
+        told.append(run(document, ds, ranks)[0])
+    assert_same_training(*told, rel=1e-4)
+
+
+def test_weighing_micro_batches_is_the_papers_algorithm_2(corpus, tmp_path):
+    document = weighed(corpus, tmp_path / "run", 2, granularity="microbatch")
+    records, said = run(document)
+    assert "note" not in said
+    assert_same_training(records, plain(document, by_micro_batch=True))
+
+
+@pytest.mark.parametrize("ds", ["zero0.json", "zero3.json"])
+def test_micro_batches_of_two_ranks_are_weighed_as_those_of_one(corpus, tmp_path, ranks, ds):
+    one, _ = run(weighed(corpus, tmp_path / "one", 2, granularity="microbatch", signal="split"))
+    two, _ = run(weighed(corpus, tmp_path / "two", 1, granularity="microbatch", signal="split"), ds, ranks)
+    assert_same_training(two, one)
+
+
+def test_without_temperature_every_weigher_is_bit_identical_to_uniform(corpus, tmp_path):
+    def trained(folder: str, **weigher):
+        document = weighed(corpus, tmp_path / folder, 4, ("mlm", "cse"), 0.1) | {"weigher": weigher}
+        document["objectives"]["cse"]["group_rows"] = 2
+        run(document)
+        return states(tmp_path / folder / "checkpoints" / "step-00000004")
+
+    uniform = trained("uniform")
+    for name in ("presence", "shuffled", "linupper", "loss"):
+        assert trained(name, name=name, temperature=0) == uniform
+    assert trained("weighed", name="loss", temperature=0.5) != uniform
+
+
+def test_a_resumed_run_is_bit_identical(corpus, tmp_path, ranks):
+    keys = {"normalise": "window", "window": 40, "switch": "auto", "floor": 0.9}
+    last = "checkpoints/step-00000004"
+    for name in ("whole", "resumed", "resumed"):
+        document = weighed(corpus, tmp_path / name, 2, ("mlm", "rtd"), 0.1, **keys)
+        run(document, ranks=ranks)
+        if name == "resumed":
+            first, finished = (
+                (metrics(tmp_path / name), read_sample_log(tmp_path / name)),
+                states(tmp_path / name / last),
+            )
+            shutil.rmtree(tmp_path / name / last, ignore_errors=True)
+    assert finished == states(tmp_path / "whole" / last)
+    for one, other in zip(metrics(tmp_path / "whole"), first[0], strict=True):
+        keys = ("losses", "weigher", "effective_sample_size", "grad_norm")
+        assert [one[key] for key in keys] == [other[key] for key in keys]
+    assert read_sample_log(tmp_path / "whole") == first[1]
+
+
+def test_shuffled_hands_out_the_weights_that_presence_gives(corpus, tmp_path):
+    logs = []
+    for name in ("presence", "shuffled"):
+        run(weighed(corpus, tmp_path / name, 4, name=name))
+        logs.append(read_sample_log(tmp_path / name)[0])
+    one, other = logs
+    assert one["sample_ids"] == other["sample_ids"] and one["scores"] == other["scores"]
+    assert sorted(one["weights"]) == sorted(other["weights"]) and one["weights"] != other["weights"]
+
+
+def test_the_switch_measures_the_noise_of_the_gradient_that_samples_make(corpus, tmp_path, ranks):
+    document = weighed(corpus, tmp_path / "run", 2, layers="encoder.backbone.encoder.layer.0*", switch="auto")
+    parts = build(recipe_from(document, "r.yaml"), dtype=torch.float32)
+    mlm, (batch,) = (
+        parts.model.objectives["mlm"],
+        build(recipe_from(weighed(corpus, tmp_path / "whole"), "r.yaml"), dtype=torch.float32)
+        .loader(rank=0, world_size=1)
+        .next()
+        .micro_batches,
+    )
+    block, gradients = list(parts.model.encoder.backbone.encoder.layer[0].parameters()), []
+    for i, visit in zip(batch.sample_ids.tolist(), batch.visits.tolist(), strict=True):
+        view = mlm.corrupt(lay_out([[parts.store[i]]], 64, [i], [visit]), 0.0)
+        loss = mlm.loss(parts.model, view)["mlm"].total
+        if view.counts["mlm"].sum():
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, block)]).double())
+    products = torch.stack(gradients) @ torch.stack(gradients).T
+    number = len(products)
+    signal = float(products.sum() - products.trace()) / (number * (number - 1))
+    noise = (float(products.trace()) / number - signal) / number
+    records, _ = run(document, ranks=ranks)
+    assert records[0]["weigher"]["noise_to_signal"] == pytest.approx(noise / signal, rel=1e-3)
+    assert records[0]["weigher"]["temperature"] == 1.0
+
+
+def test_a_small_effective_sample_size_is_said_once(corpus, tmp_path):
+    _, said = run(weighed(corpus, tmp_path / "run", floor=1.0, temperature=3))
+    assert said.count("warning: step 1: the effective sample size is 0.") == said.count("warning") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"granularity": "microbatch", "rows": 8}, "weigher.granularity: weighing micro-batches needs two micro-steps"),
+        ({"granularity": "microbatch", "rows": 4, "signal": "split"}, "needs four micro-steps, or six, eight, …,"),
+        ({"layers": "encoder.layr.0"}, "weigher.layers: unknown module 'encoder.layr.0'; did you mean"),
+        ({"score_objective": "rtd"}, "weigher.score_objective: unknown objective 'rtd'"),
+    ],
+)
+def test_a_weigher_that_cannot_work_is_one_line(corpus, tmp_path, changes, message):
+    code, _, err = train(weighed(corpus, tmp_path / "run", changes.pop("rows", 8), **changes))
+    assert code == 2 and len(err.splitlines()) == 1 and message in err
+
+
+def test_a_micro_batch_of_one_sample_is_one_line(corpus, tmp_path):
+    document = weighed(corpus, tmp_path / "run", 1, granularity="microbatch")
+    document["data"]["packing"] = False
+    code, _, err = train(document)
+    assert code == 2 and "weigher.granularity: each micro-batch is a single sample" in err
+
+
+def test_a_run_is_not_resumed_with_another_weigher(corpus, tmp_path):
+    run(weighed(corpus, tmp_path / "run", name="loss"))
+    code, _, err = train(weighed(corpus, tmp_path / "run", name="linupper"))
+    assert code == 2 and "weigher: differs from that of" in err
