@@ -80,7 +80,7 @@ class HeadUse(NamedTuple):
         return product * self.factor
 
     def gradients(self, weights: torch.Tensor) -> list[torch.Tensor]:
-        """Return Σ_s w_s · gradient of sample s of the matrix, and of the bias if it is trained; weights are ``[S]``."""
+        """Return Σ_s w_s · gradient of sample s of the matrix, and of a trained bias; weights are ``[S]``."""
         matrix, *bias = self.layer.parameters
         rows = per_token(weights * self.factor, self.segments)
         found = self.inner.gradients(self.features, self.layer.module.weight, self.bias, rows)

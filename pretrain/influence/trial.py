@@ -1,5 +1,8 @@
-"""Which of a model's layers give a sample's gradient by the rows they see: tried, because a type does not tell how a
-family uses its layers. DeBERTa multiplies the rows of an embedding with those of a projection, and neither are tokens."""
+"""Which of a model's layers give a sample's gradient by the rows they see.
+
+That is tried, because a layer's type does not tell how a family uses it: DeBERTa projects the rows of an embedding of
+distances, which are no tokens.
+"""
 
 import torch
 
