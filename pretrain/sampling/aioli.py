@@ -16,7 +16,7 @@ class AioliConfig(ProbingConfig):
     """Steps of a round."""
     explore: float = Field(0.25, gt=0, le=1)
     """Part of a round that is bursts."""
-    learning_rate: float = Field(0.5, gt=0)
+    learning_rate: float = Field(4.0, gt=0)
     """η."""
 
 

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from fused_objectives.philox import philox
@@ -57,13 +58,9 @@ class BurstSampler(LearningSampler):
     def conclude(self, window: int, credits: dict[str, float]) -> dict[str, dict[str, float]]:
         """Learn from the credits of a window; bursts whose losses were not finite have none."""
 
-    def bursts(self, window: int) -> list[Burst]:
+    def bursts(self, window: int) -> tuple[Burst, ...]:
         """Return the bursts of a window in their order, a function of (seed, window) and of what was learnt."""
-        steps = apportion(self.burst_shares(), self.burst_steps())
-        lots = [philox(self.seed, "sampler bursts", window, number)[0] for number in range(len(steps))]
-        order = [name for _, name in sorted(zip(lots, steps, strict=True))]
-        begins = [sum(steps[name] for name in order[:number]) for number in range(len(order))]
-        return [Burst(name, begin, begin + steps[name]) for name, begin in zip(order, begins, strict=True)]
+        return _laid_out(self.seed, window, tuple(self.burst_shares().items()), self.burst_steps())
 
     def plan(self, step: int) -> dict[str, float]:
         window, offset = divmod(step, self.config.interval_steps)
@@ -89,6 +86,15 @@ class BurstSampler(LearningSampler):
                 lesson = self.conclude((step - 1) // self.config.interval_steps, self.credits)
                 self.credits = {}
         return self.told(losses=measured.losses, **lesson)
+
+
+@lru_cache(maxsize=64)  # asked for at every step
+def _laid_out(seed: int, window: int, shares: tuple[tuple[str, float], ...], total: int) -> tuple[Burst, ...]:
+    steps = apportion(dict(shares), total)
+    lots = [philox(seed, "sampler bursts", window, number)[0] for number in range(len(steps))]
+    order = [name for _, name in sorted(zip(lots, steps, strict=True))]
+    begins = [sum(steps[name] for name in order[:number]) for number in range(len(order))]
+    return tuple(Burst(name, begin, begin + steps[name]) for name, begin in zip(order, begins, strict=True))
 
 
 def apportion(shares: Mapping[str, float], steps: int) -> dict[str, int]:

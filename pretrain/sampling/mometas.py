@@ -13,8 +13,8 @@ from pretrain.sampling.base import Measured, ProbingConfig, Sampler, Wish, regis
 from pretrain.sampling.bursts import BurstSampler
 from pretrain.sampling.learning import LearningSampler, checked_floor
 
-DECAY, DOUBT = 0.95, 2.0
-"""Of credits over windows; how many standard errors make one believed."""
+DECAY, DOUBT = 0.95, 2.6
+"""Of :class:`Advantage`."""
 
 
 class MometasConfig(ProbingConfig):
@@ -30,7 +30,7 @@ class MometasConfig(ProbingConfig):
     learning_rate: float | None = Field(None, gt=0)
     """Of the logits, an update; null: 0.3, with ``reward: paper`` 0.1."""
     entropy: float | None = Field(None, ge=0)
-    """Weight of the entropy (γ); null: 0.5, with ``reward: paper`` 2."""
+    """Weight of the entropy (γ); null: 0.3, with ``reward: paper`` 2."""
     floor: float | None = Field(None, ge=0, lt=1)
     """Smallest probability; null: a tenth of the uniform one."""
 
@@ -136,7 +136,7 @@ class CreditMometas(LearningSampler):
         super().__init__(config, objectives, seed, steps)
         self.floor = checked_floor(config.floor, len(self.objectives), 0.1)
         self.learning_rate = config.learning_rate or 0.3
-        self.entropy = 0.5 if config.entropy is None else config.entropy
+        self.entropy = 0.3 if config.entropy is None else config.entropy
         self.advantage = Advantage(DECAY, DOUBT)
 
     @property
@@ -146,10 +146,11 @@ class CreditMometas(LearningSampler):
     def climb(self, window: int, credits: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Take the step that a window's credits call for; return what the log shall tell."""
         random = self.name == RandomRewardSampler.name
-        self.advantage.take(noise_like(credits, self.seed, window) if random else credits)
-        advantages = {name: self.advantage.of(name) for name in self.objectives}
-        for name, logit in self.logits.items():
-            self.logits[name] = logit + self.learning_rate * (advantages[name] - self.entropy * logit)
+        if len(credits) == len(self.objectives):
+            self.advantage.take(noise_like(credits, self.seed, window) if random else credits)
+        advantages = self.advantage.advantages()
+        for name, advantage in advantages.items():
+            self.logits[name] += self.learning_rate * (advantage - self.entropy * self.logits[name])
         return {"credits": credits, "advantages": advantages}
 
     def state_dict(self) -> dict[str, Any]:

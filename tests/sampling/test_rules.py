@@ -101,3 +101,55 @@ def test_wrong_shares_are_refused_in_one_line_that_names_the_key(name, shares, m
     with pytest.raises(UserError, match=message) as caught:
         sampler(name, shares)
     assert "\n" not in str(caught.value)
+
+
+def annealed(**keys) -> Sampler:
+    return build_sampler(parse_sampler({"name": "annealed", **keys}, "r.yaml"), NAMES, 3, steps=101)
+
+
+def test_annealed_goes_from_one_mixture_to_the_other_over_the_run():
+    some = annealed(**{"from": {"mlm": 1, "rtd": 1, "cse": 0}, "to": {"mlm": 0, "rtd": 1, "cse": 3}})
+    assert some.probabilities(0) == {"mlm": 0.5, "rtd": 0.5, "cse": 0.0}
+    assert some.probabilities(50) == pytest.approx({"mlm": 0.25, "rtd": 0.375, "cse": 0.375})
+    assert some.probabilities(100) == some.probabilities(200) == {"mlm": 0.0, "rtd": 0.25, "cse": 0.75}
+
+
+def test_annealed_by_cosine_starts_and_ends_slowly():
+    linear, cosine = (annealed(to={"mlm": 0, "rtd": 0, "cse": 1}, schedule=shape) for shape in ("linear", "cosine"))
+    assert cosine.probabilities(0) == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+    assert cosine.probabilities(50) == pytest.approx(linear.probabilities(50))
+    assert cosine.probabilities(10)["cse"] < linear.probabilities(10)["cse"]
+    assert cosine.probabilities(90)["cse"] > linear.probabilities(90)["cse"]
+
+
+def test_alternating_repeats_its_phases_and_leaves_out_whom_a_phase_does_not_name():
+    phases = [{"shares": {"mlm": 1}, "steps": 3}, {"shares": {"rtd": 1, "cse": 3}, "steps": 2}]
+    some = build_sampler(
+        parse_sampler({"name": "alternating", "phases": phases, "mode": "mix"}, "r.yaml"), NAMES, 3, 50
+    )
+    first, second = {"mlm": 1.0}, {"rtd": 0.25, "cse": 0.75}
+    assert [some.plan(step) for step in range(13)] == [*[first] * 3, *[second] * 2] * 2 + [first] * 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "annealed"}, r"^r\.yaml: sampler\.to: is required$"),
+        ({"name": "annealed", "to": {"mlm": 1}}, r"^sampler\.to: no share for 'rtd'"),
+        ({"name": "annealed", "from": {"mml": 1}, "to": {}}, r"^sampler\.from: .*'mml'; did you mean 'mlm'\?$"),
+        ({"name": "alternating", "phases": []}, r"^r\.yaml: sampler\.phases: "),
+        (
+            {"name": "alternating", "phases": [{"shares": {"mlm": 1}, "steps": 0}]},
+            r"^r\.yaml: sampler\.phases\.0\.steps: ",
+        ),
+        (
+            {"name": "alternating", "phases": [{"shares": {"mlm": 1}, "steps": 1}, {"shares": {"cs": 1}, "steps": 1}]},
+            r"^sampler\.phases\.1\.shares: .*'cs'; did you mean 'cse'\?$",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_mixtures_over_time_are_refused_in_one_line_that_names_the_key(keys, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_sampler(parse_sampler(keys, "r.yaml"), NAMES, 3, 50)
+    assert "\n" not in str(caught.value)
