@@ -6,9 +6,9 @@ alone). The loss of objective j is
     L_j(θ) = irreducible_j + shared_j · Q(θ_trunk) + own_j · Q_j(θ_j),    Q(x) ∝ Σ_i (x_i − target_i)² / i,  Q(0) = 1
 
 so that curvatures fall as 1/i and losses as a power of the steps, as in pre-training. A gradient is ∇L_j plus normal
-noise, every coordinate alike; at the start its norm, at noise 1, is about that of the trunk's part of ∇L. Updates are Adam's (0.9, 0.98), one
-state for the trunk whoever trains it, and an objective's own part stays as it is in steps without it. Peak learning
-rate 2e-3, 6 % warm-up, linear decay; 6,000 steps.
+noise, every coordinate alike; at noise 1 its norm is at the start about that of the trunk's part of ∇L. Updates are
+Adam's (0.9, 0.98), one state for the trunk whoever trains it, and an objective's own part stays as it is in steps
+without it. Peak learning rate 2e-3, 6 % warm-up, linear decay; 6,000 steps.
 
 | objective | irreducible | shared | own | noise | |
 |---|---|---|---|---|---|
@@ -18,14 +18,15 @@ rate 2e-3, 6 % warm-up, linear decay; 6,000 steps.
 | early | 1 | 0.5 | 0.25 | 1 | its own part is nearer (0.3) and equally curved: learnt in a quarter of the run |
 | waste | 2 | 0.1, other targets | 0 | 1 | nothing to learn but what harms the others a little |
 
-That is ``MIXED``. In ``STEEP`` the useful objective is the best only in the long run: its shared weight is 1 and its noise
-1, ordinary and early have 0.25 shared and 1 and 0.5 of their own, steeper than the trunk, so that for most of the run
-they lower the sum of losses faster. ``ALIKE`` is five times the same objective: nothing to tell apart but noise.
+That is ``MIXED``. In ``STEEP`` the useful objective is the best only in the long run: its shared weight is 1 and its
+noise 1, ordinary and early have 0.25 shared and 1 and 0.5 of their own, steeper than the trunk, so that for most of the
+run they lower the sum of losses faster. ``ALIKE`` is five times the same objective without a part of its own: nothing
+to tell apart but noise.
 
 Held-out text differs from the rest by a smooth random function of θ for each objective, a sum of sines with standard
 deviation 0.02 that changes over a move of length 1 (20 steps move θ by about 0.1, a run by 5): losses on fixed rows are
 exact functions of θ and yet not those of the training; losses on fresh rows have a new draw of it every time. Each half
-of the rows, for gradients, has its own, √2 as large.
+of the rows, for gradients, has its own, √2 as large; with ``new_rows`` that, too, is drawn anew for every measurement.
 
 A run's quality is the sum of the L_j at its end, without the held-out text's deviation.
 """
@@ -75,7 +76,7 @@ STEEP = {
     "early": Objective(shared=0.25, own=0.5, near=True),
     "waste": _WASTE,
 }
-ALIKE = {name: Objective() for name in ("one", "two", "three", "four", "five")}
+ALIKE = {name: Objective(own=0.0) for name in ("one", "two", "three", "four", "five")}
 
 
 class Testbed:
@@ -85,12 +86,13 @@ class Testbed:
         objectives: name → what its loss is made of.
         seeds: each decides a training's targets, noise and held-out text.
         steps: of a run.
+        new_rows: whether gradients are measured on other held-out rows every time.
     """
 
     __test__ = False  # no test for pytest
 
-    def __init__(self, objectives: dict[str, Objective], seeds: Sequence[int], steps: int):
-        self.names, self.steps, self.step = list(objectives), steps, 0
+    def __init__(self, objectives: dict[str, Objective], seeds: Sequence[int], steps: int, new_rows: bool = False):
+        self.names, self.steps, self.step, self.new_rows = list(objectives), steps, 0, new_rows
         kinds, count = list(objectives.values()), len(objectives)
         size = TRUNK + count * OWN
         self._random = [np.random.default_rng([seed, 0]) for seed in seeds]
@@ -104,7 +106,11 @@ class Testbed:
             self._reach[number, TRUNK + number * OWN : TRUNK + (number + 1) * OWN] = 1
         self.theta = np.zeros((len(seeds), size))
         self._mean, self._square, self._updates = (np.zeros_like(self.theta) for _ in range(3))
-        self._heldout = [[_Deviation(seed, 2 + half, count, size) for half in range(2)] for seed in seeds]
+        self._seeds = list(seeds)
+        self._heldout = [self._halves(seed) for seed in seeds]
+
+    def _halves(self, seed: int) -> list["_Deviation"]:
+        return [_Deviation((seed, 2 + half, self.step), *self._reach.shape) for half in range(2)]
 
     @staticmethod
     def _landscape(kinds: list[Objective], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +165,9 @@ class Testbed:
         gradients = self._curvature[run] * away
         if wish is Wish.FRESH_LOSSES:
             return Measured(losses=self._named(losses + DEVIATION * random.standard_normal(len(losses))))
-        (one, slope_one), (other, slope_other) = (half.at(theta) for half in self._heldout[run])
+        anew = self.new_rows and wish is not Wish.LOSSES
+        halves = self._halves(self._seeds[run]) if anew else self._heldout[run]
+        (one, slope_one), (other, slope_other) = (half.at(theta) for half in halves)
         losses = losses + (one + other) / 2
         first, second = gradients + slope_one, gradients + slope_other
         if wish is Wish.LOSSES:
@@ -184,8 +192,8 @@ class Testbed:
 class _Deviation:
     """How the losses on half of the held-out rows differ from the losses: smooth functions of the weights."""
 
-    def __init__(self, seed: int, stream: int, count: int, size: int):
-        random = np.random.default_rng([seed, stream])
+    def __init__(self, seed: tuple[int, ...], count: int, size: int):
+        random = np.random.default_rng(seed)
         self._waves = random.standard_normal((count, SINES, size)) / LENGTH
         self._phases = random.uniform(0, 2 * math.pi, (count, SINES))
         self._height = math.sqrt(2) * DEVIATION * math.sqrt(2 / SINES)
@@ -218,10 +226,12 @@ def run(
     objectives: dict[str, Objective],
     seeds: Sequence[int],
     steps: int,
+    *,
+    new_rows: bool = False,
     every: int = 100,
 ) -> Trace:
     """Train with a sampler of one's own each: ``make(names, seed, steps)``."""
-    world = Testbed(objectives, seeds, steps)
+    world = Testbed(objectives, seeds, steps, new_rows)
     samplers = [make(world.names, seed, steps) for seed in seeds]
     shape = (-(-steps // every), len(seeds), len(world.names))
     shares, probabilities = np.zeros(shape), np.zeros(shape)
@@ -243,13 +253,13 @@ def run(
 
 
 def run_mixtures(
-    mixtures: np.ndarray, objectives: dict[str, Objective], seeds: Sequence[int], steps: int
+    mixtures: np.ndarray, objectives: dict[str, Objective], seeds: Sequence[int], steps: int, mode: str = "draw"
 ) -> np.ndarray:
-    """Train with fixed ``mixtures [mixtures, objectives]``, an objective a step; return ``[mixtures, seeds]`` totals."""
+    """Train with fixed ``mixtures [mixtures, objectives]``; return the runs' qualities ``[mixtures, seeds]``."""
     each = np.repeat(mixtures, len(seeds), 0)
     world = Testbed(objectives, list(seeds) * len(mixtures), steps)
     draws, borders = np.random.default_rng([len(each), 9]), each.cumsum(-1)
     for _ in range(steps):
         chosen = (draws.random((len(each), 1)) > borders).sum(-1).clip(max=each.shape[1] - 1)
-        world.train(np.eye(each.shape[1])[chosen])
+        world.train(each if mode == "mix" else np.eye(each.shape[1])[chosen])
     return world.losses().sum(-1).reshape(len(mixtures), len(seeds))
