@@ -59,7 +59,7 @@ def main() -> None:
             traces[name] = trace(keys, SCENES[scene], seeds, args.steps, NEW_ROWS in name)
             mode = "mix" if name.endswith("mix") else "draw"
             rows.append({"scene": scene, "sampler": name, **summary(traces[name], reached[mode])})
-            print(f"{scene}: {name}", flush=True)
+            print(" | ".join(rows[-1].values()), flush=True)
         for mode, mixture in best.items():
             told = f"{BEST}, {mode}: " + " ".join(f"{share:.1f}" for share in mixture)
             first = f"{mixture[0]:.2f}"
@@ -121,8 +121,10 @@ def plus_minus(values: np.ndarray) -> str:
 
 def best_mixture(objectives: dict[str, Objective], steps: int, mode: str) -> np.ndarray:
     """Return the best of all fixed mixtures in fifths, and of its neighbours a tenth away, on other seeds than those
-    of the results."""
+    of the results; the uniform one if all objectives are the same."""
     count = len(objectives)
+    if len(set(objectives.values())) == 1:
+        return np.full(count, 1 / count)
     fifths = [each for each in itertools.product(range(6), repeat=count) if sum(each) == 5]
     coarse = np.array(fifths) / 5
     start = coarse[run_mixtures(coarse, objectives, SEARCH_SEEDS[:1], steps, mode).mean(-1).argmin()]
