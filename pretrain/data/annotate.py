@@ -159,7 +159,11 @@ def prepared_stores(corpus: Path) -> dict[str, Store]:
         raise UserError(
             f"{corpus}: no prepared corpus: it has no store 'train'{hint or '; make one with medley prepare'}"
         )
-    return {split: Store(corpus / split) for split in SPLITS if (corpus / split).is_dir()}
+    stores = {split: Store(corpus / split) for split in SPLITS if (corpus / split).is_dir()}
+    if stores["train"].source is not stores["train"]:
+        source = stores["train"].source.folder.resolve().parent
+        raise UserError(f"{corpus}: is a view of {source}, whose annotations it has; annotate that")
+    return stores
 
 
 def _tokenizer(folder: Path, store: Store) -> tuple[str, frozenset[int]]:

@@ -5,6 +5,8 @@ An annotation of a store is a folder of two files within it::
     annotations/NAME/units.bin   one little-endian uint16 a token of tokens.bin, 65535 where there is nothing to say
     annotations/NAME/meta.json   format version, kind, the store's fingerprint, counts, what made it
 
+A view's annotations are those of the store whose samples it shows.
+
 There are two kinds. ``spans`` numbers the units of each sample (0, 1, …): named entities, dates, spans that a policy
 would have the model recover. ``classes`` gives each token a class, an index into :data:`PARTS_OF_SPEECH`.
 """
@@ -35,6 +37,7 @@ class Annotation:
     """
 
     def __init__(self, store: Store, name: str, kind: str):
+        store = store.source
         self.name, self.folder = name, folder_of(store, name)
         corpus = store.folder.parent
         again = f"make it with 'medley annotate {corpus} {name}{' --model FOLDER' * (name == 'learned')}'"

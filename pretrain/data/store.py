@@ -14,6 +14,9 @@ and each store is a folder of three files::
 
 A sample holds its special tokens ([CLS] … [SEP] or the like) as it will be fed to the model. Its global id is its
 index in the store and never changes.
+
+A *view* is a store of some samples of another: it has no ``tokens.bin``, its offsets are those in the other's, which
+``view_of`` in ``meta.json`` names. See ``view.py``.
 """
 
 import hashlib
@@ -54,8 +57,12 @@ class Store:
                 f"{meta_file}: format version {self.meta.get('format_version')}, this program reads {FORMAT_VERSION}; "
                 "prepare the corpus again"
             )
-        self._check_size("tokens.bin", tokens * self.dtype.itemsize)
-        self.tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r") if tokens else np.empty(0, self.dtype)
+        self._source = self._open_source() if "view_of" in self.meta else None
+        if self._source is None:
+            self._check_size("tokens.bin", tokens * self.dtype.itemsize)
+            self.tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r") if tokens else np.empty(0, self.dtype)
+        else:
+            self.tokens = self._source.tokens
         try:
             index = np.load(self.folder / "index.npy", mmap_mode="r" if samples else None)
         except (OSError, ValueError) as error:
@@ -65,6 +72,22 @@ class Store:
         if index.shape != (samples, 2):
             raise UserError(f"{self.folder / 'index.npy'}: shape {index.shape}, but meta.json says ({samples}, 2)")
         self.offsets, self.lengths = index[:, 0], index[:, 1]
+
+    def _open_source(self) -> "Store":
+        """Return the store whose tokens a view shows."""
+        folder = (self.folder / self.meta["view_of"]["folder"]).resolve()
+        again = "make the view again with 'medley filter'"
+        if not (folder / "meta.json").is_file():
+            raise UserError(f"{self.folder}: is a view of {folder}, where there is no store; put it back, or {again}")
+        source = Store(folder)
+        if source.fingerprint != self.meta["view_of"]["fingerprint"]:
+            raise UserError(f"{self.folder}: is a view of another store than there is at {folder} now; {again}")
+        return source
+
+    @property
+    def source(self) -> "Store":
+        """The store that holds the tokens, and what is kept beside them: of a view another one, else this."""
+        return self if self._source is None else self._source
 
     def _check_size(self, name: str, expected: int) -> None:
         path = self.folder / name
@@ -84,6 +107,10 @@ class Store:
     def token_counts(self, vocabulary_size: int, sampled: int = 2**22, pieces: int = 64) -> np.ndarray:
         """Count tokens in ``pieces`` evenly spaced parts of the store, ``sampled`` tokens in all or the whole of a
         smaller one; ``[vocabulary_size]`` int64."""
+        if self._source is not None:  # its samples do not lie side by side
+            number = min(len(self), 1 + sampled * len(self) // max(1, self.meta["tokens"]))
+            chosen = np.linspace(0, len(self) - 1, number).astype(np.int64)
+            return np.bincount(np.concatenate([self[sample] for sample in chosen]), minlength=vocabulary_size)
         total, size = len(self.tokens), -(-sampled // pieces)
         if total <= sampled:
             return np.bincount(self.tokens, minlength=vocabulary_size)
