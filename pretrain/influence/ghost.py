@@ -16,7 +16,7 @@ from pretrain.influence.layers import Layer, Measure
 from pretrain.influence.ledger import Ledger, weighted_gradients
 from pretrain.influence.selection import find_layers, select
 from pretrain.influence.taps import tapped
-from pretrain.influence.trial import told_apart
+from pretrain.influence.trial import try_layers
 from pretrain.model.multi_objective import MultiObjectiveModel
 
 
@@ -51,8 +51,8 @@ class GhostNorms:
         impl: str = "auto",
         longest: int | None = None,
     ):
-        self._layers = told_apart(model, find_layers(model))
-        self._measured = select(model, layers, self._layers, norms_only=score == "layer_norm")
+        self._layers, idle = try_layers(model, find_layers(model))
+        self._measured = select(model, layers, self._layers, idle, norms_only=score == "layer_norm")
         measured = {id(p): p for each in self._layers if self._is_measured(each) for p in each.parameters}
         self.parameters = list(measured.values())
         """K's."""
@@ -60,7 +60,7 @@ class GhostNorms:
         self._sketch = {"sketch_size": sketch_size, "seed": seed}
         self._impl, self._longest = impl, longest
         self._ledger: Ledger | None = None
-        self.why_not_deferred = self._find_why_not(model)
+        self.why_not_deferred = self._find_why_not(model, idle)
         """Why there is no deferred form for this model; None if there is: every trained parameter is one of a layer
         whose gradient can be told apart by sample."""
 
@@ -109,10 +109,10 @@ class GhostNorms:
     def _is_measured(self, layer: Layer) -> bool:
         return id(layer.parameters[0]) in self._measured
 
-    def _find_why_not(self, model: MultiObjectiveModel) -> str | None:
+    def _find_why_not(self, model: MultiObjectiveModel, idle: set[int]) -> str | None:
         if model.encoder.activation_checkpointing:
             return "model.activation_checkpointing recomputes what the deferred gradient would have to keep"
-        known = {id(each) for layer in self._layers for each in layer.parameters}
+        known = idle | {id(each) for layer in self._layers for each in layer.parameters}
         lost = next((n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known), None)
         return lost and f"{lost} lies in no layer whose gradient can be told apart by sample"
 

@@ -27,12 +27,15 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def select(model: MultiObjectiveModel, names: str | list[str], layers: list[Layer], norms_only: bool) -> set[int]:
+def select(
+    model: MultiObjectiveModel, names: str | list[str], layers: list[Layer], idle: set[int], norms_only: bool
+) -> set[int]:
     """Return the ids of the matrices and scales that K holds.
 
     Args:
         names: ``all``, ``first_block``, ``layer_norms``, or names of modules or patterns of them (``*``, ``?``).
         layers: of the model, those whose gradients can be told apart.
+        idle: ids of parameters that have no part in anything, so none in K.
         norms_only: of these, only the normalisations.
 
     Raises:
@@ -40,7 +43,7 @@ def select(model: MultiObjectiveModel, names: str | list[str], layers: list[Laye
     """
     wanted: set[int] = set()
     for name in [names] if isinstance(names, str) else names:
-        wanted |= _parameters(model, name, layers)
+        wanted |= _parameters(model, name, layers) - idle
     by_parameter = {id(each): layer for layer in layers for each in layer.parameters}
     if norms_only:
         wanted = {each for each in wanted if each in by_parameter and by_parameter[each].normalises}

@@ -108,7 +108,7 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.projection = model.get_output_embeddings()
+        self.projection, self.hidden_size = model.get_output_embeddings(), model.config.hidden_size
         self.register_buffer("bias", getattr(model, "final_logits_bias", None))
 
     def forward(self, hidden: torch.Tensor, score: Score | None = None) -> Any:

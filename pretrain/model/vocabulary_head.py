@@ -31,8 +31,9 @@ class VocabularyHead(nn.Module):
                 for name in ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector")
             }
         self.layers = nn.ModuleDict(children)
+        self.hidden_size = model.config.hidden_size
         projection = model.get_output_embeddings()
-        self.ends_in_projection = self._returns_what_it_gets_from(projection, model.config.hidden_size)
+        self.ends_in_projection = self._returns_what_it_gets_from(projection, self.hidden_size)
         if self.ends_in_projection:
             object.__setattr__(self, "projection", projection)  # it is among the layers already
         elif model.config.vocab_size > _SMALL_VOCABULARY:
