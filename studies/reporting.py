@@ -65,9 +65,10 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
-def plus_minus(row: Mapping, name: str, sign: str = "") -> str:
+def plus_minus(row: Mapping, name: str, sign: str = "", digits: int | None = None) -> str:
     """Return a mean ± its standard deviation, as :func:`spread` names them."""
-    digits = 2 if name == "log_likelihood" else 1
+    if digits is None:
+        digits = 2 if name == "log_likelihood" else 1
     told = f"{row[name]:{sign}.{digits}f}"
     return told if row[f"{name}_sd"] is None else f"{told} ± {row[f'{name}_sd']:.{digits}f}"
 
@@ -109,7 +110,7 @@ def plot(path: Path, rows: Sequence[Mapping], study: Mapping) -> bool:
     axes.set_xlim(left=0)
     baseline = 100 * study["commonest_answer"]
     axes.axvline(baseline, color="#b03a2e", linewidth=1, linestyle="--")
-    axes.set_xlabel("exact match on test questions, % (mean ± sd; dots: seeds; dashed: always the commonest answer)")
+    axes.set_xlabel("exact match on test questions, %\n(mean ± sd; dots: seeds; dashed: always the commonest answer)")
     axes.xaxis.label.set_size(8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
