@@ -109,7 +109,7 @@ def _run(args: argparse.Namespace, kind: Kind) -> None:
     try:
         recipe = load_recipe(args.config, args.overrides, kind.recipe)
         world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        _share_cores()
+        share_cores()
         with recipe.named_in_errors():
             ds_config = _ds_config(recipe, args.ds_config, world_size)
             check_trackers(recipe.log.trackers)
@@ -275,7 +275,7 @@ def _make_folder(recipe: Recipe) -> TextIO:
         raise UserError(f"run: cannot write to '{run}': {error.strerror}") from None
 
 
-def _share_cores() -> None:
+def share_cores() -> None:
     """Divide the cores among the ranks of this machine, unless the user has."""
     if device_type() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         ranks = int(
