@@ -96,6 +96,10 @@ def test_heldout_views_are_of_all_dev_texts_masked_alike_every_time(folder):
     views = [objective.heldout_view(batch) for _ in range(2)]
     drawn = views[0].draw.samples.sample_ids[views[0].draw.counted]
     assert sorted(drawn.tolist()) == list(range(7))
+    dev, laid_out = objective.splits["dev"], views[0].draw.samples
+    for row, number in enumerate(drawn.tolist()):
+        text = dev.tokens[dev.offsets[number] :][: dev.lengths[number]]
+        assert torch.equal(laid_out.tokens[row][laid_out.real[row]], text.long())
     assert torch.equal(views[0].masked.tokens, views[1].masked.tokens)
     in_other_rows = objective.heldout_view(numbered(rows_of_samples(10, seed=5), ids_of(rows_of_samples(10, seed=5))))
     assert torch.equal(in_other_rows.masked.tokens[:7], views[0].masked.tokens[:7])
