@@ -62,7 +62,7 @@ def test_credit_is_the_relative_drop_of_all_losses_a_step_of_the_burst(keys):
     assert credits == pytest.approx(expected) and len(credits) == 3
 
 
-def test_a_border_that_is_not_finite_costs_the_credits_of_the_two_bursts_beside_it():
+def test_a_border_that_is_not_finite_costs_the_credits_of_the_two_bursts_beside_it_and_the_windows_lesson():
     some = sampler("mometas", interval_steps=30)
     second = some.bursts(0)[1].begin
 
@@ -76,3 +76,4 @@ def test_a_border_that_is_not_finite_costs_the_credits_of_the_two_bursts_beside_
         credits |= {step: lesson["credits"]} if "credits" in lesson else {}
     assert list(credits[30]) == [some.bursts(0)[2].objective]
     assert sorted(credits[60]) == sorted(NAMES)
+    assert some.advantage.windows == 1

@@ -32,6 +32,7 @@ def test_the_papers_gradient_is_that_of_its_objective(reward):
 
 def test_the_papers_reward_leaves_out_small_moves_and_ends_at_minus_one():
     assert paper_drop(2.0, 1.5) == 0.25
+    assert paper_drop(2.0, 1.998) == pytest.approx(0.001)
     assert paper_drop(2.0, 1.9995) == paper_drop(2.0, 2.0005) == 0
     assert paper_drop(2.0, 2.5) == -0.25
     assert paper_drop(2.0, 7.0) == -1
@@ -59,7 +60,10 @@ def gradients_that_favour(best: str, size: float = 1.0, scale: float = 1.0):
     """Return measurements of gradients of which ``best``'s agrees most; sizes of gradients and losses do not matter."""
 
     def measure(step, objectives):
-        norms = {name: size * (1 + number("norm", step, index)) for index, name in enumerate(objectives)}
+        norms = {
+            name: size * (1 if name == best else 9) * (1 + number("norm", step, index))
+            for index, name in enumerate(objectives)
+        }
         cosines = {
             name: (0.5 if name == best else 0.2) + 0.1 * number("cosine", step, index)
             for index, name in enumerate(objectives)
@@ -84,6 +88,17 @@ def test_the_objective_whose_gradient_agrees_most_gets_the_largest_share_whateve
         learnt.append(list(shown["probabilities"].values()))
     assert learnt[0][1] > 0.8
     assert learnt[1] == pytest.approx(learnt[0]) and learnt[2] == pytest.approx(learnt[0])
+
+
+def test_logits_go_to_the_advantages_over_the_weight_of_the_entropy_and_back_to_zero_when_there_are_none():
+    some = sampler("mometas", entropy=0.4)
+    credits = {"mlm": 1.0, "rtd": 2.0, "end_task": 6.0}
+    for window in range(400):
+        lesson = some.climb(window, credits)
+    assert some.logits == pytest.approx({name: each / 0.4 for name, each in lesson["advantages"].items()})
+    for window in range(400):
+        some.climb(window, {name: number("nothing", window, index) for index, name in enumerate(NAMES)})
+    assert some.logits == pytest.approx(dict.fromkeys(NAMES, 0.0), abs=1e-6)
 
 
 def test_credits_come_from_gradients_when_all_objectives_are_in_every_step_and_from_bursts_otherwise():
