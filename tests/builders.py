@@ -144,7 +144,7 @@ def tiny_encoder(family: str, seed: int = 0, *, dropout: float | None = 0.0, max
     paired = family in TINY_PAIRED
     vocabulary, families = (PAIRED_VOCABULARY, TINY_PAIRED) if paired else (VOCABULARY, TINY)
     width = {} if paired else {"initializer_range": 0.2}
-    overrides = {**families[family], **width, **keys.pop("overrides", {})}
+    overrides = {**families.get(family, {}), **width, **keys.pop("overrides", {})}
     model = ModelConfig(family=family, size=None, overrides=overrides, dropout=dropout, **keys)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

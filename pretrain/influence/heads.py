@@ -8,7 +8,6 @@ from fused_objectives.embedding_norms import tied_cross_term
 from fused_objectives.linear_cross_entropy import linear_cross_entropy
 from fused_objectives.segments import per_token
 from pretrain.influence.layers import LinearLayer, Measure, Use
-from pretrain.model.projection import Score, Shifted
 from pretrain.objectives.scores import CrossEntropyScore
 
 
@@ -16,9 +15,9 @@ class HeadUse(NamedTuple):
     """What is kept of a vocabulary head's call."""
 
     layer: LinearLayer
-    score: Score
-    inner: CrossEntropyScore
-    """The same without what the head adds to its logits."""
+    score: CrossEntropyScore
+    bias: torch.Tensor | None
+    """``[V]``: a copy of all that is added to the logits."""
     features: torch.Tensor
     """``[K, d]``."""
     segments: torch.Tensor
@@ -31,27 +30,19 @@ class HeadUse(NamedTuple):
     """``[]``: the gradient that came to the total."""
 
     @property
-    def bias(self) -> torch.Tensor | None:
-        """``[V]``: all that is added to the logits."""
-        own = self.layer.module.bias
-        if not isinstance(self.score, Shifted):
-            return own
-        return self.score.shift if own is None else self.score.shift + own
-
-    @property
     def own_weights(self) -> torch.Tensor | None:
         """``[K]``: the samples' weights in the loss, if there are any."""
-        return None if self.inner.weights is None else per_token(self.inner.weights, self.inner.segments)
+        return None if self.score.weights is None else per_token(self.score.weights, self.score.segments)
 
     def squared_norms(self, measure: Measure) -> torch.Tensor:
         """Return each sample's squared norm of the gradient of matrix and bias, ``[S]`` float32."""
         if self.norms is not None:
-            weights = self.factor if self.inner.weights is None else self.factor * self.inner.weights
+            weights = self.factor if self.score.weights is None else self.factor * self.score.weights
             return self.norms * weights.square()
         loss = linear_cross_entropy(
             self.features,
             self.layer.module.weight,
-            self.inner.labels,
+            self.score.labels,
             self.segments,
             measure.samples,
             bias=self.bias,
@@ -66,7 +57,7 @@ class HeadUse(NamedTuple):
         product = tied_cross_term(
             self.features,
             self.layer.module.weight,
-            self.inner.labels,
+            self.score.labels,
             self.segments,
             self.normalizers,
             table.inputs,
@@ -83,5 +74,5 @@ class HeadUse(NamedTuple):
         """Return Σ_s w_s · gradient of sample s of the matrix, and of a trained bias; weights are ``[S]``."""
         matrix, *bias = self.layer.parameters
         rows = per_token(weights * self.factor, self.segments)
-        found = self.inner.gradients(self.features, self.layer.module.weight, self.bias, rows)
+        found = self.score.gradients(self.features, self.layer.module.weight, self.bias, rows)
         return [gradient.to(each.dtype) for gradient, each in zip(found, [matrix, *bias], strict=False)]

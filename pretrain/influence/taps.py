@@ -71,7 +71,9 @@ class Tap:
             return self._detection(inner, score(features, module.weight, module.bias), features, segments)
         if not isinstance(inner, CrossEntropyScore):
             raise RuntimeError(f"{self.layer.name}: a loss without gradients per sample, {type(inner).__name__}")
-        use = HeadUse(self.layer, score, inner, features.detach(), segments)
+        bias = module.bias if inner is score else score.shifted(module.bias)
+        bias = None if bias is None else bias.detach().clone()  # not the parameter, which ZeRO-3 empties
+        use = HeadUse(self.layer, inner, bias, features.detach(), segments)
         measured = self.ledger.measures(self.layer) and not rows.scattered
         result = score(features, module.weight, module.bias, **({"squared_norms": True} if measured else {}))
         loss = result.loss if isinstance(result, Sampled) else result

@@ -22,7 +22,11 @@ class Shifted:
     """``[outputs]``."""
 
     def __call__(self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **options: Any) -> Any:
-        return self.score(features, weight, self.shift if bias is None else self.shift + bias, **options)
+        return self.score(features, weight, self.shifted(bias), **options)
+
+    def shifted(self, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return all that is added to the logits, where the layer adds ``bias``."""
+        return self.shift if bias is None else self.shift + bias
 
 
 @contextmanager
