@@ -44,14 +44,14 @@ class Settings:
     base_lr: float = 3e-3
     epochs: int = 8
     """The budget: so many epochs of fine-tuning."""
-    tune_epochs: int = 3
+    tune_epochs: int = 4
     """Of them what the arms with a first stage keep for the last one."""
     tune_lr: float = 1e-3
     first_lr: float = 1e-3
     """Of TAPT and of the joint stage, body and heads alike: a body this small takes the paper's rate of the heads."""
-    batch: int = 32
+    batch: int = 16
     """Samples a step, of each objective."""
-    dev_samples: int = 16
+    dev_samples: int = 8
     """Of META-TARTAN's dev gradient; half as many fit its head. The paper has 64 for batches of 128."""
     scorings: int = 8
     """Of dev in a joint stage."""

@@ -193,6 +193,7 @@ def test_a_head_for_the_tasks_labels_in_their_order_is_kept_and_any_other_gives_
     flip = {"good": "bad", "bad": "worse"}
     renamed = dataclasses.replace(task, label_names=[flip[name] for name in reversed(task.label_names)])
     result = evaluate(classifier, renamed, untouched, notes.append)
+    assert [run["loss_by_epoch"] for run in result["runs"]] != [run["loss_by_epoch"] for run in runs]
     assert any("a head for bad, good, which is not this task's: a new one is trained" in n for n in result["notes"])
 
 
