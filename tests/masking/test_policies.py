@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import DataCollatorForLanguageModeling
 
 from fused_objectives.targets import IGNORED
 from pretrain.config import parse
@@ -12,7 +13,7 @@ from pretrain.errors import UserError
 from pretrain.masking.config import MaskingConfig, SpanConfig
 from pretrain.masking.masker import Masker
 from pretrain.masking.policies import POLICIES, proportional, words
-from tests.builders import CLS, MASK, SEP, VOCABULARY, lay_out, padded, random_samples
+from tests.builders import CLS, MASK, SEP, VOCABULARY, lay_out, padded, random_samples, word_tokenizer
 
 # Every third ordinary id goes on with the word before it.
 WORDS = replace(VOCABULARY, continuing_ids=VOCABULARY.ordinary_ids[::3])
@@ -80,6 +81,32 @@ def test_whole_words_are_chosen_with_all_of_their_tokens_at_the_rate():
     first = unit.diff(dim=1, prepend=torch.full_like(unit[:, :1], -1)) > 0
     low, high = stats.binom.interval(0.9999, count, 0.15)
     assert low <= int((chosen & first).sum()) <= high
+
+
+def test_whole_words_are_masked_as_transformers_collator_does():
+    """Over a million tokens: words are chosen whole, and as many words and tokens as the collator chooses."""
+    batch, collator = many(17000), DataCollatorForLanguageModeling(word_tokenizer(), whole_word_mask=True, seed=3)
+    unit = words(batch, WORDS)
+    first = unit.diff(dim=1, prepend=torch.full_like(unit[:, :1], -1)) > 0
+    assert text_of(batch).sum() > 10**6
+    ours = masker("whole_word", split={"mask": 1.0, "random": 0.0})(batch, 0.0).tokens == MASK
+    places = torch.arange(batch.tokens.shape[1]) + 100 * unit.clamp(min=0)  # what touches belongs to one word
+    offsets, special = torch.stack([places, places + 1], -1), ~text_of(batch)
+    theirs = torch.cat(
+        [
+            collator.torch_mask_tokens(batch.tokens[part], special[part].int(), offsets[part])[0] == MASK
+            for part in torch.arange(len(unit)).split(500)
+        ]
+    )
+    for which in (text_of(batch), first):
+        count = int(which.sum())
+        table = [[int((chosen & which).sum()) for chosen in (ours, theirs)]]
+        table.append([count - chosen for chosen in table[0]])
+        if which is first:  # words are independent draws, tokens are not
+            assert stats.chi2_contingency(table).pvalue > 1e-4
+        assert abs(table[0][0] - table[0][1]) / count < 0.003
+    within = (unit[:, 1:] == unit[:, :-1]) & (unit[:, 1:] >= 0)
+    assert torch.equal(theirs[:, 1:][within], theirs[:, :-1][within])
 
 
 @pytest.mark.parametrize("whole_words", [True, False])
