@@ -83,6 +83,7 @@ class Weighing:
         """K's, by which gradients are measured as a whole."""
         self.recomputes = parts.recipe.model.activation_checkpointing
         self.micro_steps = training.batch_rows // (training.micro_batch_rows * engine.world_size)
+        self.store = parts.store.fingerprint
         self.log = SampleLog(Path(parts.recipe.run), training.steps, parts.recipe.log.interval_steps)
 
     @property
@@ -259,7 +260,7 @@ class Weighing:
             if due and self.engine.rank == 0:
                 columns = {"targets": measured.targets, "losses": measured.losses}
                 columns |= {"scores": self.weigher.scores(measured), "weights": weights[name]}
-                self.log.write(step, {"objective": name, **told}, facts | columns)
+                self.log.write(step, {"objective": name, "store": self.store, **told}, facts | columns)
         sizes = [effective_sample_size(each) for each in weights.values()]
         return Weighed(sum(sizes) / len(sizes), told)
 
