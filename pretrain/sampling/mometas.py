@@ -46,7 +46,8 @@ class MometasSampler(Sampler):
     def chosen_by(cls, config: MometasConfig) -> type[Sampler]:
         if config.reward == "paper":
             return PaperMometas
-        return BurstMometas if (config.credit or default_credit(config)) == "bursts" else GradientMometas
+        credit = config.credit or ("gradients" if config.mode == "mix" else "bursts")
+        return BurstMometas if credit == "bursts" else GradientMometas
 
 
 @register
@@ -56,16 +57,11 @@ class RandomRewardSampler(MometasSampler):
     name = "random_reward"
 
 
-def default_credit(config: MometasConfig) -> str:
-    """Return where credits come from if the configuration leaves it open."""
-    return "gradients" if config.mode == "mix" else "bursts"
-
-
 class PaperMometas(LearningSampler):
     """The authors' rule: every k steps φ ← φ − η ∇J, J = Σ_a −R log p_a − γ H(p) over the k objectives a just trained.
 
     R = Σ_o max(r_o, −1), r_o the relative drop of held-out loss o since the last update, 0 if the loss moved by no more
-    than 1e-3; held-out text and corruption are new at every update. Read in their code; H enters once an update.
+    than 1e-3; held-out text and corruption are new at every update. From their code; H enters once an update.
     """
 
     modes = ("draw",)
