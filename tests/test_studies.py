@@ -15,7 +15,19 @@ from pretrain.errors import UserError
 from pretrain.masking.config import MaskingConfig
 from pretrain.masking.masker import Masker
 from pretrain.model.vocabulary import Vocabulary
-from studies import cloze, masking, records, show_masks, tartan, tartan_arms, tartan_report
+from studies import (
+    cloze,
+    masking,
+    planting,
+    presence,
+    presence_arms,
+    presence_report,
+    records,
+    show_masks,
+    tartan,
+    tartan_arms,
+    tartan_report,
+)
 from studies.drawing import draw_masks
 from studies.mask_arms import read_spans, write_spans
 from studies.reporting import summarise
@@ -227,3 +239,93 @@ def test_p_values_are_those_of_counting_by_hand():
     assert found["p_flips"] == pytest.approx((means >= sum(gains) - 1e-9).mean() * 2)
     assert found["p_t"] == pytest.approx(0.067, abs=0.01)
     assert tartan_report.p_values([1.0]) == {"p_t": None, "p_flips": None}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """Text of another domain."""
+    text = tmp_path_factory.mktemp("other") / "other.txt"
+    text.write_text("\n\n".join(f"x{number} = {number % 7} + y{number} * (z - {number % 5})" for number in range(300)))
+    return text
+
+
+def test_planted_trouble_is_what_it_is_called_and_the_rest_is_as_before(corpus, other, tmp_path):
+    prepare([other], tmp_path / "other", workers=1, heldout=0, tokenizer=corpus / "tokenizer", max_length=64)
+    foreign, clean = Store(tmp_path / "other" / "train"), Store(corpus / "train")
+    planting.plant(corpus, foreign, tmp_path / "planted", list(planting.TROUBLES))
+    kinds, spoilt = planting.kinds_of(tmp_path / "planted"), Store(tmp_path / "planted" / "train")
+    assert np.bincount(kinds).tolist() == [108, 18, 18, 18]
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+
+    def words(store, number):
+        return " ".join(tokenizer.convert_ids_to_tokens(store[number].tolist())).replace(" ##", "").split()
+
+    for number in np.flatnonzero(kinds == 0):
+        assert np.array_equal(spoilt[number], clean[number])
+    scrambled = np.flatnonzero(kinds == 1)
+    assert all(sorted(words(spoilt, number)) == sorted(words(clean, number)) for number in scrambled)
+    assert all(words(spoilt, number)[1:-1] != words(clean, number)[1:-1] for number in scrambled)
+    assert all(words(spoilt, number)[0] == words(clean, number)[0] for number in scrambled)
+    taken = np.concatenate([spoilt[number][1:-1] for number in np.flatnonzero(kinds == 2)])
+    stream = np.concatenate([foreign[number][1:-1] for number in range(len(foreign))])
+    assert sorted(taken) == sorted(stream[: len(taken)])
+    assert all(spoilt[number][1:-1].tobytes() in stream.tobytes() for number in np.flatnonzero(kinds == 2))
+    assert np.array_equal(spoilt.lengths[kinds < 3], clean.lengths[kinds < 3])
+    copies = np.flatnonzero(kinds == 3)
+    assert len({spoilt[number].tobytes() for number in copies}) == 1
+    texts = [clean[number].tobytes() for number in range(len(clean))]
+    assert not {spoilt[copies[0]].tobytes()} & {texts[number] for number in np.flatnonzero(kinds != 3)}
+    with pytest.raises(UserError, match="too few"):
+        prepare([other], tmp_path / "less", workers=1, heldout=0.97, tokenizer=corpus / "tokenizer", max_length=64)
+        planting.plant(corpus, Store(tmp_path / "less" / "train"), tmp_path / "bad", ["foreign"])
+    assert not (tmp_path / "bad").exists()
+
+
+def test_code_of_another_domain_has_no_documentation():
+    code = "".join(planting.source_code(0.1))
+    assert len(code) >= 100_000 and "def " in code and "\n    return " in code
+    assert code.count('"""') < 10
+
+
+def test_higher_scores_of_spoilt_samples_are_an_auroc_above_a_half():
+    kinds = np.array([0, 0, 0, 1, 1, 3, 3])
+    scores = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 0.0, 2.5])
+    found = presence_arms.against_clean(scores, kinds)
+    assert found == pytest.approx({"all": 8 / 12, "scrambled": 1.0, "duplicated": 2 / 6})
+
+
+def test_losses_are_compared_seed_by_seed_and_lower_ones_win():
+    def record(arm, budget, seed, loss):
+        told = {"steps": 5, "test": 0.5, "effective_sample_size": 1.0, "weights": None, "detection": [], "seconds": 1.0}
+        return {"arm": arm, "budget": budget, "seed": seed, "heldout_loss": loss, **told}
+
+    records = [record("uniform", "steps", 0, 3.0), record("uniform", "steps", 1, 2.0)]
+    records += [record("a", "compute", 1, 1.9), record("a", "compute", 0, 2.8)]
+    uniform, a = presence_report.summarise(records, {"uniform": "Uniform", "a": "A"}, "uniform")
+    assert "heldout_loss_gain" not in uniform
+    assert a["heldout_loss_gain"] == pytest.approx(-0.15) and a["heldout_loss_wins"] == "2/2"
+    assert a["test_gain"] == 0 and a["test_wins"] == "0/2"
+
+
+def test_the_presence_study_runs_goes_on_and_dearer_arms_take_fewer_steps(corpus, other, tasks, tmp_path, capsys):
+    command = ["--text", str(corpus.parent / "text.jsonl"), "--other", str(other), "--task", str(tasks / "places")]
+    command += ["--quick", "--steps", "4", "--vocabulary", "300", "--out", str(tmp_path / "out"), "--seeds", "1"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "costs.json").write_text(json.dumps(dict.fromkeys(presence_arms.ARMS, 2.0)))
+    assert presence.main([*command, "--arms", "uniform"]) == 0
+    before = records.read(tmp_path / "out")
+    assert presence.main([*command, "--arms", "uniform,two_stages"]) == 0
+    assert "| equal compute | PRESENCE, both stages | 2 |" in capsys.readouterr().out
+    done = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
+    assert done[:1] == before and [(record["arm"], record["budget"]) for record in done[1:]] == [
+        ("two_stages", "steps"),
+        ("two_stages", "compute"),
+    ]
+    uniform, weighed, fewer = done
+    assert [point["step"] for point in uniform["detection"]] == [1, 2, 3, 4] and not fewer["detection"]
+    assert uniform["weights"] is None and uniform["effective_sample_size"] == 1 > weighed["effective_sample_size"]
+    assert weighed["two_passes"] is None and set(weighed["weights"]) <= {"clean", *planting.TROUBLES}
+    assert uniform["heldout_loss"] != weighed["heldout_loss"]
+    assert not list((tmp_path / "out" / "runs").iterdir())
+    assert presence.main([*command, "--max-length", "32"]) == 2  # another study's folder
+    assert presence.main([*command, "--arms", "nothing"]) == 2
