@@ -11,6 +11,7 @@ from pretrain.influence.presence import MICROBATCH
 from pretrain.objectives import View
 from pretrain.training.build import Parts
 from pretrain.training.gradient import Gradient
+from pretrain.training.record import add_sums
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
@@ -36,14 +37,14 @@ def check_micro_batches(parts: Parts, world_size: int) -> None:
 
 def weigh_micro_batches(
     weighing: "Weighing", trainer: "Trainer", views: list[dict[str, View]], scales: dict[str, float]
-) -> tuple[dict[str, torch.Tensor], Measures, np.ndarray]:
-    """Accumulate Σ w_j · g_j over the step's micro-steps j; return this rank's sums of losses, what was measured of the
-    micro-batches, and their weights.
+) -> tuple[dict[str, torch.Tensor], dict[str, Measures], dict[str, np.ndarray]]:
+    """Accumulate Σ w_j · g_j over the step's micro-steps j; return this rank's sums of losses and, under the name
+    ``microbatch``, what was measured of the micro-batches and their weights.
 
     A micro-batch is a micro-step of all ranks; with ``signal: split`` it is two, its halves. The gradients of all of
     them are kept: 4 bytes a parameter and micro-step, divided by the world size.
     """
-    engine, weigher, config = weighing.engine, weighing.weigher, weighing.config
+    engine, weigher = weighing.engine, weighing.weigher
     gradients: list[Gradient] = []
     sums = dict.fromkeys(scales, torch.zeros((), device=engine.device))
     own = torch.zeros(2, len(views), dtype=torch.float64, device=engine.device)  # targets and losses
@@ -53,13 +54,12 @@ def weigh_micro_batches(
         loss, of_samples = engine(micro_views, scales)
         engine.backward(loss)
         gradients.append(engine.gradient())
-        for term, per_sample in of_samples.items():
-            sums[term] = sums[term] + per_sample.sum()
-            own[1, number] += scales[term] * per_sample.sum()
+        add_sums(sums, of_samples)
+        own[1, number] = sum(scales[term] * per_sample.sum() for term, per_sample in of_samples.items())
         own[0, number] = sum(counts.sum() for view in micro_views.values() for counts in view.counts.values())
 
-    halves = 2 if config.signal == "split" else 1
-    parts = [engine.restrict(gradient, weighing.parameters) for gradient in gradients]
+    halves = 2 if weigher.config.signal == "split" else 1
+    parts = [engine.restrict(gradient, weighing.scoring.parameters) for gradient in gradients]
     pairs = list(zip(parts[::halves], parts[halves - 1 :: halves], strict=True))
     if weigher.switch and weigher.switch.is_due(trainer.step):
         whole = Gradient.combine(parts, [1.0] * len(parts))
@@ -69,4 +69,4 @@ def weigh_micro_batches(
     measures = Measures(targets, losses * len(pairs), np.array(engine.inner_products(pairs)))
     weights = weigher.weights(trainer.step, MICROBATCH, measures, len(pairs))
     engine.put_gradient(Gradient.combine(gradients, weights.repeat(halves).tolist()))
-    return sums, measures, weights
+    return sums, {MICROBATCH: measures}, {MICROBATCH: weights}

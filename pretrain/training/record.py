@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from pretrain.data.loader import StepBatch
 from pretrain.objectives import Objective
 
@@ -60,3 +62,9 @@ class StepFacts:
             "seconds": self.seconds,
             "tokens_per_second": self.batch.tokens / self.seconds,
         }
+
+
+def add_sums(sums: dict[str, torch.Tensor], of_samples: dict[str, torch.Tensor]) -> None:
+    """Add the losses of a micro-step's samples, term → ``[S]``, to the sums, term → ``[]``."""
+    for term, per_sample in of_samples.items():
+        sums[term] = sums[term] + per_sample.sum()

@@ -20,7 +20,7 @@ from pretrain.training.flops import FlopCounter
 from pretrain.training.heldout import HeldoutProbe
 from pretrain.training.log import HELDOUT_START, RunLog, SilentLog
 from pretrain.training.probe import SamplerProbe
-from pretrain.training.record import StepFacts
+from pretrain.training.record import StepFacts, add_sums
 from pretrain.training.saving import last_checkpoint, save
 from pretrain.training.stop import StopRequest
 from pretrain.training.tartan import DevGradient, accumulate_apart
@@ -144,8 +144,7 @@ class Trainer:
             self.seed_dropout(number)
             loss, sample_sums = self.engine(micro_views, scales, weights[number] if weights else None)
             self.engine.backward(loss)
-            for term, per_sample in sample_sums.items():
-                sums[term] = sums[term] + per_sample.sum()
+            add_sums(sums, sample_sums)
         return sums
 
     def seed_dropout(self, micro_step: int) -> None:

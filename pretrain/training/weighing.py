@@ -1,8 +1,8 @@
-"""Weighing the samples of a step: what is measured of them, and how the gradient Σ w · g is come by.
+"""Weighing the samples of a step: how the gradient Σ w · g is come by.
 
-*Two passes*: the first scores the samples and its gradients are forgotten, the second is an ordinary one with weights.
-*Deferred*: one forward and one backward, which keeps what the gradients are made of until the weights are known.
-Micro-batches are weighed in ``micro_batches.py``.
+*In two passes*: the first measures the samples and its gradients are forgotten, the second is an ordinary one with
+weights. *Deferred*: one forward and one backward, which keep what the gradients are made of until the weights are
+known. Micro-batches are weighed in ``micro_batches.py``.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ import torch
 from pretrain.data.loader import StepBatch
 from pretrain.errors import UserError
 from pretrain.influence import Measures
-from pretrain.influence.ghost import GhostNorms
 from pretrain.influence.presence import MICROBATCH
 from pretrain.influence.sample_log import SampleLog
 from pretrain.influence.weights import effective_sample_size
@@ -25,9 +24,16 @@ from pretrain.sampling import Wish
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
 from pretrain.training.micro_batches import check_micro_batches, weigh_micro_batches
+from pretrain.training.record import add_sums
+from pretrain.training.scoring import Columns, Scoring, ghosts_of
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
+
+Views = list[dict[str, View]]
+"""For each micro-step, objective → view."""
+Found = tuple[dict[str, torch.Tensor], dict[str, Measures], dict[str, np.ndarray]]
+"""This rank's sums of losses, a scalar a term; and of the global batch, by scoring objective, measures and weights."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,6 @@ class Weighed:
     """What the log tells of the weigher."""
 
 
-Columns = dict[str, torch.Tensor]
-"""What was measured → ``[S]`` of a micro-step's samples, by the fields of :class:`Measures`."""
-
-
 def check_weighing(parts: Parts, world_size: int) -> None:
     """Raise :class:`UserError` if the recipe's weigher cannot work with its model, its sampler or its micro-batches."""
     weigher = parts.weigher
@@ -54,34 +56,17 @@ def check_weighing(parts: Parts, world_size: int) -> None:
             f"weigher.name: '{weigher.name}' does not go with the sampler '{parts.sampler.name}', which takes the step "
             "apart itself; set it to uniform, or choose another sampler"
         )
-    if weigher.measures == "norms":
-        _ghosts(parts)
-    if _by_micro_batch(parts):
+    if ghosts_of(parts) and weigher.config.granularity == MICROBATCH:
         check_micro_batches(parts, world_size)
-
-
-def _ghosts(parts: Parts) -> dict[str, GhostNorms]:
-    """Return objective → what finds its samples' norms; each keeps a record of its own."""
-    config, recipe = parts.weigher.config, parts.recipe
-    keys = {"sketch_size": config.sketch_size, "seed": recipe.seed, "impl": recipe.impl}
-    return {name: GhostNorms(parts.model, config.layers, config.score, **keys) for name in parts.weigher.scoring}
-
-
-def _by_micro_batch(parts: Parts) -> bool:
-    return getattr(parts.weigher.config, "granularity", None) == MICROBATCH
 
 
 class Weighing:
     """Accumulates the gradients of steps whose samples are weighed; all ranks make the same calls."""
 
     def __init__(self, parts: Parts, engine: Engine):
-        self.weigher, self.engine, self.objectives = parts.weigher, engine, parts.model.objectives
-        self.config, training = parts.weigher.config, parts.recipe.training
-        self.by_micro_batch = _by_micro_batch(parts)
-        self.ghosts = _ghosts(parts) if self.weigher.measures == "norms" else {}
-        self.parameters = [each for ghost in list(self.ghosts.values())[:1] for each in ghost.parameters]
-        """K's, by which gradients are measured as a whole."""
-        self.recomputes = parts.recipe.model.activation_checkpointing
+        self.weigher, self.engine, training = parts.weigher, engine, parts.recipe.training
+        self.scoring = Scoring(parts, engine)
+        self.by_micro_batch = bool(self.scoring.ghosts) and parts.weigher.config.granularity == MICROBATCH
         self.micro_steps = training.batch_rows // (training.micro_batch_rows * engine.world_size)
         self.store = parts.store.fingerprint
         self.log = SampleLog(Path(parts.recipe.run), training.steps, parts.recipe.log.interval_steps)
@@ -89,15 +74,9 @@ class Weighing:
     @property
     def why_two_passes(self) -> str | None:
         """Why steps take two passes though the recipe would have them deferred; None if they need not."""
-        if self.by_micro_batch or not self.ghosts or self.config.gradient != "deferred":
-            return None
-        if self.engine.stage == 3:
-            return "ZeRO stage 3 takes away the weights that a deferred gradient needs"
-        if self.recomputes:
-            return "model.activation_checkpointing forgets what a deferred gradient is made of"
-        if reason := next((ghost.why_not_deferred for ghost in self.ghosts.values() if ghost.why_not_deferred), None):
-            return reason
-        if self.micro_steps > 1 and (self.config.normalise == "batch" or self.weigher.shuffles):
+        if not self.scoring.defers or self.scoring.why_not_deferred:
+            return self.scoring.why_not_deferred if self.scoring.defers else None
+        if self.micro_steps > 1 and (self.weigher.config.normalise == "batch" or self.weigher.shuffles):
             return (
                 f"the weights of a step's {self.micro_steps} micro-steps depend on each other; larger micro-batches "
                 "spare the second, or weigher.normalise=window without shuffling"
@@ -109,21 +88,8 @@ class Weighing:
         """What the user should know, in sentences."""
         return [f"two passes a step: {reason}"] if (reason := self.why_two_passes) else []
 
-    def state_dict(self) -> dict:
-        """Return what the weigher has taken up."""
-        return self.weigher.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take up :meth:`state_dict`."""
-        self.weigher.load_state_dict(state)
-
     def accumulate(
-        self,
-        trainer: "Trainer",
-        batch: StepBatch,
-        views: list[dict[str, View]],
-        plan: Mapping[str, float],
-        scales: dict[str, float],
+        self, trainer: "Trainer", batch: StepBatch, views: Views, plan: Mapping[str, float], scales: dict[str, float]
     ) -> tuple[dict[str, torch.Tensor], Weighed]:
         """Add up the weighted gradients of all micro-steps, as :meth:`Trainer.accumulate` does without weights; return
         its sums, which are not weighted, and what was done."""
@@ -131,92 +97,74 @@ class Weighing:
         if self.weigher.is_uniform(step) or not scorers:
             return trainer.accumulate(views, scales), Weighed(told=self.weigher.told(step))
         if self.by_micro_batch:
-            sums, measures, weights = weigh_micro_batches(self, trainer, views, scales)
-            return sums, self._done(trainer, {MICROBATCH: measures}, {MICROBATCH: weights})
+            return self._done(trainer, *weigh_micro_batches(self, trainer, views, scales))
         # The scoring objectives come first, so that they meet the same dropout in either pass.
         views = [{name: each[name] for name in sorted(each, key=lambda name: name not in scorers)} for each in views]
-        factors = {name: (batch.samples / plan[name]) ** 2 for name in scorers}
-        accumulate = self._deferred if self._is_deferred(step, scorers) else self._in_two_passes
-        sums, measures, weights = accumulate(trainer, batch, views, scales, factors)
-        return sums, self._done(trainer, measures, weights, batch)
+        factors = {name: (batch.samples / plan[name]) ** 2 for name in scorers}  # of losses whose mean is the step's
+        way = self._deferred if self._is_deferred(step, scorers) else self._in_two_passes
+        return self._done(trainer, *way(trainer, batch, views, scales, factors), batch)
 
     def _is_deferred(self, step: int, scorers: list[str]) -> bool:
-        if self.weigher.measures != "norms" or self.config.gradient != "deferred" or self.why_two_passes:
+        if not self.scoring.defers or self.why_two_passes:
             return False
         if self.weigher.switch and self.weigher.switch.is_due(step):
             return False  # what it measures is the gradient without weights
         return self.micro_steps == 1 or all(map(self.weigher.weighs_apart, scorers))
 
-    def _in_two_passes(self, trainer, batch, views, scales, factors):
-        found: dict[str, list[Columns]] = {name: [] for name in factors}
+    def _in_two_passes(
+        self, trainer: "Trainer", batch: StepBatch, views: Views, scales: dict[str, float], factors: dict[str, float]
+    ) -> Found:
+        step, columns = trainer.step, {name: [] for name in factors}
         for number, micro_views in enumerate(views):
             trainer.seed_dropout(number)
-            for name in factors:
-                found[name].append(self._score(trainer.step, name, micro_views[name], scales, factors[name]))
-        measures = self._measures(batch, found)
-        if self.weigher.switch and self.weigher.switch.is_due(trainer.step):
+            for name, factor in factors.items():
+                columns[name].append(self.scoring.measure(step, name, micro_views[name], scales, factor))
+        measures = self._measures(batch, columns)
+        if self.weigher.switch and self.weigher.switch.is_due(step):
             self._take_noise(measures, factors)
         self.engine.begin_step()
-        weights = self._weights(trainer.step, measures, batch.samples)
-        own = [self._own(weights, batch, views, number) for number in range(len(views))]
+        weights = self._weights(step, measures, batch.samples)
+        own = [self._own(weights, batch, micro_views, number) for number, micro_views in enumerate(views)]
         return trainer.accumulate(views, scales, own), measures, weights
 
-    def _score(self, step: int, name: str, view: View, scales: dict[str, float], factor: float) -> Columns:
-        """Run one objective on a micro-batch; with norms its gradient is left behind."""
-        if self.weigher.measures == "losses":
-            with torch.no_grad():
-                _, sums = self.engine({name: view}, scales)
-            return self._columns(name, view, sums)
-        ghost = self.ghosts[name]
-        with ghost.recording(view.batch, deferred=False, step=step):
-            loss, sums = self.engine({name: view}, scales)
-            self.engine.backward(loss)
-        squares = ghost.squared_norms() / self.engine.world_size**2  # with which the engine multiplies
-        return self._columns(name, view, sums) | {"squares": factor * squares}
-
     def _take_noise(self, measures: dict[str, Measures], factors: dict[str, float]) -> None:
-        """Tell the switch the size of the gradient that the first pass has left, and of its samples' parts."""
+        """Tell the switch the size of the gradient that the first pass has left, and of the samples' parts in it."""
         ((name, measured),) = measures.items()
-        gradient = self.engine.restrict(self.engine.gradient(), self.parameters)
+        gradient = self.engine.restrict(self.engine.gradient(), self.scoring.parameters)
         (square,) = self.engine.inner_products([(gradient, gradient)])
         self.weigher.switch.take(factors[name] * square, measured.squares[measured.targets > 0])
 
-    def _deferred(self, trainer, batch, views, scales, factors):
-        found: dict[str, list[Columns]] = {name: [] for name in factors}
+    def _deferred(
+        self, trainer: "Trainer", batch: StepBatch, views: Views, scales: dict[str, float], factors: dict[str, float]
+    ) -> Found:
+        step, columns = trainer.step, {name: [] for name in factors}
         sums = dict.fromkeys(scales, torch.zeros((), device=self.engine.device))
         for number, micro_views in enumerate(views):
             trainer.seed_dropout(number)
             for name, factor in factors.items():
-                ghost, view = self.ghosts[name], micro_views[name]
-                with ghost.recording(view.batch, deferred=True, step=trainer.step):
-                    loss, own_sums = self.engine.run_apart({name: view}, scales)
-                    torch.autograd.backward(loss)
-                found[name].append(self._columns(name, view, own_sums) | {"squares": factor * ghost.squared_norms()})
+                own_sums, found = self.scoring.record(step, name, micro_views[name], scales, factor)
+                columns[name].append(found)
                 add_sums(sums, own_sums)
             if self.micro_steps == 1:
-                measures = self._measures(batch, found)
-                weights = self._own(self._weights(trainer.step, measures, batch.samples), batch, views, number)
-            else:
-                measures = {name: _as_measures(columns[-1]) for name, columns in found.items()}
-                apart = self._weights(trainer.step, measures, batch.samples)
-                weights = self._spread(apart, micro_views)
-            loss = sum(self.ghosts[name].injected(weights[name]) for name in factors)
+                measures = self._measures(batch, columns)
+                weights = self._weights(step, measures, batch.samples)
+                own = self._own(weights, batch, micro_views, number)
+            else:  # by a window, which needs no other sample of the step
+                apart = {name: Measures(**_as_arrays(each[-1])) for name, each in columns.items()}
+                own = self._spread(self._weights(step, apart, batch.samples), micro_views)
+            loss = self.scoring.weighed({name: own[name] for name in factors})
             if rest := {name: view for name, view in micro_views.items() if name not in factors}:
-                more, own_sums = self.engine(rest, scales, weights)
+                more, own_sums = self.engine(rest, scales, own)
                 loss = loss + more
                 add_sums(sums, own_sums)
             self.engine.backward(loss)
-        measures = self._measures(batch, found)
-        return sums, measures, self._weights(trainer.step, measures, batch.samples)
+        if self.micro_steps > 1:
+            measures = self._measures(batch, columns)
+            weights = self._weights(step, measures, batch.samples)
+        return sums, measures, weights
 
-    def _columns(self, name: str, view: View, sums: dict[str, torch.Tensor]) -> Columns:
-        """Return a micro-batch's targets, and the mean losses of an objective whose sums are ``sums``."""
-        terms = self.objectives[name].terms
-        losses = (weight * sums[term] / view.counts[term].clamp(min=1) for term, weight in terms.items())
-        return {"targets": sum(view.counts[term] for term in terms), "losses": sum(losses)}
-
-    def _measures(self, batch: StepBatch, found: dict[str, list[Columns]]) -> dict[str, Measures]:
-        return {name: Measures(**self._gather(batch, columns)) for name, columns in found.items()}
+    def _measures(self, batch: StepBatch, columns: dict[str, list[Columns]]) -> dict[str, Measures]:
+        return {name: Measures(**self._gather(batch, each)) for name, each in columns.items()}
 
     def _gather(self, batch: StepBatch, columns: list[Columns]) -> dict[str, np.ndarray]:
         """Return what all ranks have of the global batch's samples, in its order: one number a sample and column."""
@@ -230,24 +178,30 @@ class Weighing:
     def _weights(self, step: int, measures: dict[str, Measures], samples: int) -> dict[str, np.ndarray]:
         return {name: self.weigher.weights(step, name, measured, samples) for name, measured in measures.items()}
 
-    def _own(self, weights: dict[str, np.ndarray], batch: StepBatch, views, number: int) -> dict[str, torch.Tensor]:
-        """Return objective → weights of a micro-step's samples, of those of the global batch."""
+    def _own(
+        self, weights: dict[str, np.ndarray], batch: StepBatch, micro_views: dict[str, View], number: int
+    ) -> dict[str, torch.Tensor]:
+        """Return objective → weights of a micro-step's samples, out of those of the global batch."""
         first = batch.first_samples[number]
         part = slice(first, first + len(batch.micro_batches[number].sample_ids))
-        return self._spread({name: each[part] for name, each in weights.items()}, views[number])
+        return self._spread({name: each[part] for name, each in weights.items()}, micro_views)
 
     def _spread(self, weights: dict[str, np.ndarray], micro_views: dict[str, View]) -> dict[str, torch.Tensor]:
-        """Return objective → weights ``[S]`` float32: each scoring objective's own, or the only one's for all."""
+        """Return objective → weights ``[S]`` float32: to each scoring objective its own, or the only one's to all."""
         own = {name: torch.from_numpy(each).float().to(self.engine.device) for name, each in weights.items()}
-        return own if self.weigher.each else dict.fromkeys(micro_views, *own.values())
+        if self.weigher.each:
+            return own
+        (only,) = own.values()
+        return dict.fromkeys(micro_views, only)
 
     def _done(
         self,
         trainer: "Trainer",
+        sums: dict[str, torch.Tensor],
         measures: dict[str, Measures],
         weights: dict[str, np.ndarray],
         batch: StepBatch | None = None,
-    ) -> Weighed:
+    ) -> tuple[dict[str, torch.Tensor], Weighed]:
         """Have the weigher take up the step, and tell of it; ``batch`` if its samples were weighed."""
         step, told, due = trainer.step, self.weigher.told(trainer.step), self.log.is_due(trainer.step)
         facts = {}
@@ -262,14 +216,31 @@ class Weighing:
                 columns |= {"scores": self.weigher.scores(measured), "weights": weights[name]}
                 self.log.write(step, {"objective": name, "store": self.store, **told}, facts | columns)
         sizes = [effective_sample_size(each) for each in weights.values()]
-        return Weighed(sum(sizes) / len(sizes), told)
+        return sums, Weighed(sum(sizes) / len(sizes), told)
+
+    def rehearse(self, views: dict[str, View], scales: dict[str, float]) -> None:
+        """Do with one micro-batch what a step does, with weights of 1, for what it takes."""
+        scorers = self.weigher.scorers(views)
+        if self.by_micro_batch or not scorers:
+            return
+        if self.scoring.defers and not self.why_two_passes:
+            for name in scorers:
+                self.scoring.record(0, name, views[name], scales, 1.0)
+            ones = {name: torch.ones_like(views[name].batch.lengths, dtype=torch.float32) for name in scorers}
+            self.engine.backward(self.scoring.weighed(ones))
+        else:
+            for name in scorers:
+                self.scoring.measure(0, name, views[name], scales, 1.0)
+        self.engine.begin_step()
+
+    def state_dict(self) -> dict:
+        """Return what the weigher has taken up."""
+        return self.weigher.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up :meth:`state_dict`."""
+        self.weigher.load_state_dict(state)
 
 
-def _as_measures(columns: Columns) -> Measures:
-    return Measures(**{name: each.double().cpu().numpy() for name, each in columns.items()})
-
-
-def add_sums(sums: dict[str, torch.Tensor], of_samples: dict[str, torch.Tensor]) -> None:
-    """Add a micro-step's losses, term → ``[S]``, to the sums, term → ``[]``."""
-    for term, per_sample in of_samples.items():
-        sums[term] = sums[term] + per_sample.sum()
+def _as_arrays(columns: Columns) -> dict[str, np.ndarray]:
+    return {name: each.double().cpu().numpy() for name, each in columns.items()}
