@@ -10,6 +10,7 @@ from pretrain.data.annotations import PARTS_OF_SPEECH
 from pretrain.data.batch import Batch, collate
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
+from pretrain.training.weighing import Weighing
 
 
 def largest_batch(parts: Parts) -> Batch:
@@ -35,12 +36,14 @@ def dry_run(parts: Parts, engine: Engine) -> str:
     """Run forward, backward and update once for every plan the sampler can make; return a page of facts. All ranks
     call it."""
     batch = largest_batch(parts).to(engine.device)
-    names = list(parts.model.objectives)
+    names, weighing = list(parts.model.objectives), Weighing(parts, engine)
     for plan in [names] if parts.sampler.mixes else [[name] for name in names]:
         views = {name: parts.model.objectives[name].corrupt(batch, progress=0.0) for name in plan}
         terms = [term for name in plan for term in parts.model.objectives[name].terms]
+        scales = dict.fromkeys(terms, 1e-3)
         engine.begin_step()
-        loss, _ = engine(views, dict.fromkeys(terms, 1e-3))
+        weighing.rehearse(views, scales)
+        loss, _ = engine(views, scales)
         engine.backward(loss)
         engine.step(0.0, parts.model.trained_by(plan))
     training, recipe = parts.recipe.training, parts.recipe

@@ -11,6 +11,7 @@ from pretrain.recipe import recipe_from
 from pretrain.training.build import build
 from tests.builders import lay_out
 from tests.influence.test_weights import written_out
+from tests.objectives.builders import write_task
 from tests.training.runs import metrics, recipe, states, train, write_corpus
 
 TWO_STAGES = {"schedule": "steps", "from": 1, "steps": {0.5: -1}}
@@ -271,3 +272,21 @@ def test_a_run_is_not_resumed_with_another_weigher(corpus, tmp_path):
     run(weighed(corpus, tmp_path / "run", name="loss"))
     code, _, err = train(weighed(corpus, tmp_path / "run", name="linupper"))
     assert code == 2 and "weigher: differs from that of" in err
+
+
+@pytest.mark.parametrize("weigher", [{}, {"gradient": "two_pass"}, {"name": "linupper"}, {"granularity": "microbatch"}])
+def test_a_dry_run_does_what_weighing_takes_and_leaves_nothing(corpus, tmp_path, weigher):
+    rows = 2 if "granularity" in weigher else 8
+    document = weighed(corpus, tmp_path / "run", rows, ("mlm", "rtd"), **weigher)
+    code, out, err = train(document, "--dry-run")
+    assert code == 0 and "peak memory" in out, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_meta_tartan_takes_no_weigher(corpus, tmp_path):
+    task = write_task(tmp_path / "task")
+    document = weighed(corpus, tmp_path / "run")
+    document["objectives"]["end_task"] = {"task": str(task)}
+    document["sampler"] = {"name": "meta_tartan", "dev_samples": 3, "head_samples": 3}
+    code, _, err = train(document)
+    assert code == 2 and "weigher.name: 'presence' does not go with the sampler 'meta_tartan'" in err

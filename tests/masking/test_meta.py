@@ -197,6 +197,7 @@ def test_a_policy_learns_to_hide_what_helps_the_end_task_more_than_shuffled_labe
         ({}, "zero3.json", "stage 3"),
         ({}, "zero2-bf16.json", "bf16"),
         ({"objectives__mlm__masking": {"policy": "span"}}, "zero2.json", "objectives.mlm.masking.policy"),
+        ({"weigher__name": "presence"}, "zero2.json", "weigher.name: a policy is learnt from samples that count alike"),
         ({"objectives__rtd": {}}, "zero2.json", "'mlm' and 'end_task'"),
         ({"policy__temperatur": 1}, "zero2.json", "did you mean 'temperature'?"),
         ({"policy__model": {"family": "llama", "size": "tiny"}}, "zero2.json", "policy.model.family"),

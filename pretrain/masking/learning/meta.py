@@ -54,6 +54,8 @@ def build_meta(recipe: MetaRecipe, *, dtype: torch.dtype) -> Parts:
         UserError: as there; and for masking that leaves the policy nothing to decide, or a tokenizer without a mask
             token.
     """
+    if recipe.weigher_config.name != "uniform":
+        raise UserError("weigher.name: a policy is learnt from samples that count alike; set it to uniform")
     masking = recipe.objective_configs["mlm"].masking
     if masking.policy != "random":
         raise UserError(f"objectives.mlm.masking.policy: '{masking.policy}' leaves nothing to learn; leave the key out")
