@@ -212,10 +212,9 @@ def full_store(sequence: int, vocabulary: int) -> Path:
 
 def _passes(trainer: Trainer, keys: dict) -> str:
     weighing = weighing_of(trainer, keys)
-    if not weighing.ghosts or weighing.by_micro_batch:
+    if weighing.by_micro_batch or not weighing.scoring.ghosts:
         return "one pass"
-    two = weighing.why_two_passes or weighing.config.gradient == "two_pass"
-    return "two passes" if two else "deferred"
+    return "two passes" if weighing.why_two_passes or not weighing.scoring.defers else "deferred"
 
 
 def _status(field: str) -> int:

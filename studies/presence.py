@@ -2,10 +2,11 @@
 """Does it help to weigh samples by their self-influence, and do the scores find bad samples? Text with planted trouble.
 
 A third of the training samples is spoilt: words in random order, text of another domain, many copies of one sample
-(studies/planting.py). On it a small ModernBERT is trained with uniform weights, with PRESENCE (novelty, stability, both
-stages), with its weights shuffled, and with LinUpper; at equal steps, and again at equal compute, where the arms whose
-steps cost more take fewer. Each is told by its loss on clean held-out text, by the end task that it is fine-tuned on,
-and by how well scores tell spoilt samples from clean ones as training goes on. The corpus is the same for all seeds.
+(studies/planting.py). On it a small ModernBERT, pre-trained on other clean text of the same kind, is trained on with
+uniform weights, with PRESENCE (novelty, stability, both stages), with its weights shuffled, and with LinUpper; at equal
+steps, and again at equal compute, where the arms whose steps cost more take fewer. Each is told by its loss on clean
+held-out text, by the end task that it is fine-tuned on, and by how well scores tell spoilt samples from clean ones as
+training goes on. Corpus and pre-trained model are the same for all seeds.
 
     python studies/presence.py [--text FILE] [--other FILE] [--task FOLDER] [--seeds 5] [--out FOLDER] [--quick]
 
@@ -42,10 +43,14 @@ from studies.presence_arms import (  # noqa: E402
     Settings,
     cost_ratios,
     limited,
+    pretrain_base,
     run_arm,
 )
 
+HELDOUT = 0.1
+"""Of the documents."""
 QUICK = Settings(
+    base_steps=2,
     steps=3,
     batch_rows=2,
     heldout_rows=2,
@@ -66,7 +71,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--other", type=Path, metavar="FILE", help="text of another domain (default: the code of Python's library)")
     add("--task", type=Path, metavar="FOLDER", help="end task (default: that of the embedded corpus)")
-    add("--megabytes", type=float, default=2.0, metavar="MB", help="of the text that is trained on")
+    add(
+        "--megabytes",
+        type=float,
+        default=2.0,
+        metavar="MB",
+        help="of the text that is trained on; as much is pre-trained on",
+    )
     add("--trouble", default=",".join(TROUBLES), metavar="NAMES", help="kinds that are planted, an equal part each")
     add("--vocabulary", type=int, default=2048, metavar="N", help="entries of the tokenizer that is trained")
     add("--arms", default=",".join(ARMS), metavar="NAMES", help="arms to run")
@@ -137,7 +148,8 @@ def report(
     note = (
         f"{'Given text' if args.text else 'Embedded corpus'}: {meta['samples']:,} samples, {meta['tokens']:,} tokens; "
         f"{100 * SHARE:.0f} % of the samples are spoilt: {', '.join(troubles)}. ModernBERT {settings.size}, "
-        f"{settings.steps} steps of {settings.batch_rows} packed rows of {settings.row_length}. PRESENCE takes "
+        f"{settings.base_steps} steps of pre-training on clean text, {settings.steps} steps of an arm, each of "
+        f"{settings.batch_rows} packed rows of {settings.row_length} tokens. PRESENCE takes "
         f"{f'two passes ({two[0]})' if two else 'deferred gradients'}. Mean ± sd over seeds; differences seed by seed, "
         "and for how many seeds they are better. "
         f"{where['cpu']}, {where['threads']} of {where['cores']} cores, load {where['load']}, torch "
@@ -154,17 +166,18 @@ def _prepare(args: argparse.Namespace, settings: Settings, troubles: list[str]) 
     """Prepare the corpora and plant the trouble, as far as they are not there; refuse a folder with another study's."""
     records.claim(args.out, _identity(args, settings, troubles))
     texts, embedded = args.out / "texts", args.out / "embedded"
-    clean, other, corpus = (args.out / name for name in ("clean", "other", "corpus"))
+    clean, before, other, corpus = (args.out / name for name in ("clean", "before", "other", "corpus"))
     texts.mkdir(exist_ok=True)
     if not embedded.is_dir() and None in (args.text, args.task):
-        write_corpus(embedded, args.megabytes)
+        write_corpus(embedded, 2 * args.megabytes)
     shape = {"max_length": settings.max_length, "workers": 1}
     if not clean.is_dir():
-        text = embedded / "corpus.jsonl"
-        if args.text:
-            text = texts / "clean.jsonl"
-            write_texts(excerpts(args.text, args.megabytes), text)
-        prepare([text], clean, vocabulary=args.vocabulary, heldout=0.1, **shape)
+        parts = list(excerpts(args.text or embedded / "corpus.jsonl", 2 * args.megabytes))
+        for name, half in (("clean", parts[::2]), ("before", parts[1::2])):
+            write_texts(half, texts / f"{name}.jsonl")
+        prepare([texts / "clean.jsonl"], clean, vocabulary=args.vocabulary, heldout=HELDOUT, **shape)
+    if not before.is_dir():
+        prepare([texts / "before.jsonl"], before, tokenizer=clean / "tokenizer", heldout=HELDOUT, **shape)
     if "foreign" in troubles and not other.is_dir():
         megabytes = SHARE * args.megabytes
         texts_of_other = excerpts(args.other, megabytes) if args.other else source_code(megabytes)
@@ -172,8 +185,11 @@ def _prepare(args: argparse.Namespace, settings: Settings, troubles: list[str]) 
         prepare([texts / "other.jsonl"], other, tokenizer=clean / "tokenizer", heldout=0, **shape)
     if not corpus.is_dir():
         plant(clean, Store(other / "train") if "foreign" in troubles else None, corpus, troubles)
+    base = args.out / "base" if settings.base_steps else None
+    if base and not base.is_dir():
+        _say(f"pre-trained: held-out loss {pretrain_base(before, base, settings):.4f}")
     task = limited(load_task(args.task or embedded / "task"), settings)
-    return Place(corpus, task, args.out / "runs")
+    return Place(corpus, base, task, args.out / "runs")
 
 
 def _ratios(folder: Path, at: Place, settings: Settings) -> dict[str, float]:

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from benchmarks.presence import step_seconds
 from benchmarks.training import build_trainer
 from pretrain.data.batch import collate
+from pretrain.data.output import whole_folder
 from pretrain.data.tasks import Task, limit_split
 from pretrain.evaluation import Settings as Tuning
 from pretrain.evaluation import evaluate
@@ -59,7 +60,12 @@ class Settings:
     """How large, how long, how fast; the same for all arms."""
 
     size: str = "tiny"
-    steps: int = 600
+    base_steps: int = 3000
+    """Of pre-training on clean text of the same kind, once for all arms and seeds; 0: they begin from scratch. A model
+    that has not learnt to read cannot tell scrambled text from any other."""
+    base_lr: float = 4e-3
+    steps: int = 400
+    """Steps of an arm."""
     batch_rows: int = 4
     """Packed rows a step, all of one micro-batch."""
     row_length: int = 256
@@ -67,7 +73,7 @@ class Settings:
     """Tokens of a sample."""
     rate: float = 0.3
     """Of tokens that are masked."""
-    lr: float = 2e-3
+    lr: float = 1e-3
     heldout_rows: int = 64
     scored_samples: int = 64
     """Of each trouble; of clean ones as many as of all troubles together."""
@@ -84,7 +90,9 @@ class Place:
     """Where the study's arms meet."""
 
     corpus: Path
-    task: Task
+    base: Path | None
+    """The model that all arms begin with."""
+    task: Task | None
     """As limited."""
     runs: Path
     """Where models are trained; they leave nothing there."""
@@ -98,6 +106,21 @@ def limited(task: Task, settings: Settings) -> Task:
         for name, split in task.splits.items()
     }
     return replace(task, splits=splits)
+
+
+def pretrain_base(corpus: Path, out: Path, settings: Settings) -> float:
+    """Pre-train the model that all arms begin with on clean text, and save it; return its held-out loss."""
+    with whole_folder(out, False, ("config.json",)) as partial:
+        at = replace(settings, lr=settings.base_lr)
+        recipe = _recipe(Place(corpus, None, None, partial), at, 0, {}, settings.base_steps, partial / "run")
+        trainer = build_trainer(recipe, DS_CONFIG)
+        for _ in range(settings.base_steps):
+            trainer.train_step()
+        loss = trainer.heldout.losses()[OBJECTIVE]
+        _save(trainer, partial)
+        trainer.engine.close()
+        shutil.rmtree(partial / "run")
+    return loss
 
 
 def cost_ratios(at: Place, settings: Settings) -> dict[str, float]:
@@ -134,8 +157,7 @@ def run_arm(arm: str, budget: str, seed: int, ratio: float, at: Place, settings:
         if scorer and step in due:
             detection.append({"fraction": due[step], "step": step, **scorer.aurocs()})
     heldout = trainer.heldout.losses()[OBJECTIVE]
-    trainer.parts.model.encoder.pretrained.save_pretrained(run / "export")
-    trainer.parts.tokenizer.save_pretrained(run / "export")
+    _save(trainer, run / "export")
     trainer.engine.close()
     tuned = _end_task(run / "export", seed, at, settings)
     record = {
@@ -156,11 +178,12 @@ def run_arm(arm: str, budget: str, seed: int, ratio: float, at: Place, settings:
 
 def _recipe(at: Place, settings: Settings, seed: int, weigher: dict, steps: int, run: Path) -> Recipe:
     run.mkdir(parents=True, exist_ok=True)
+    shape = {"family": "modernbert", "size": settings.size, "overrides": SHALLOW[settings.size]}
     document = {
         "run": str(run),
         "seed": seed,
         "data": {"store": str(at.corpus), "row_length": settings.row_length},
-        "model": {"family": "modernbert", "size": settings.size, "dropout": 0.0, "overrides": SHALLOW[settings.size]},
+        "model": {"dropout": 0.0, **({"checkpoint": str(at.base)} if at.base else shape)},
         "objectives": {OBJECTIVE: {"masking": {"rate": settings.rate}}},
         "weigher": weigher,
         "training": {
@@ -173,6 +196,11 @@ def _recipe(at: Place, settings: Settings, seed: int, weigher: dict, steps: int,
         "log": {"interval_steps": max(1, steps // LOGGED_STEPS)},
     }
     return recipe_from(document, "study")
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    trainer.parts.model.encoder.pretrained.save_pretrained(folder)
+    trainer.parts.tokenizer.save_pretrained(folder)
 
 
 class _Scorer:
