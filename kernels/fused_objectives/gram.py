@@ -10,7 +10,7 @@ import torch
 from fused_objectives.backend import Configuration, jit, not_differentiable, tl, uses_triton
 
 _BLOCK, _WARPS, ALIGNMENT = 64, 8, 16
-_TORCH_ROWS = 256
+_TORCH_ROWS = 128
 
 
 @not_differentiable
@@ -104,19 +104,22 @@ def _gram_row_sums_torch(
     rows = torch.arange(len(sums), device=sums.device)
     if symmetric:
         last = torch.minimum(last, rows + 1)
-    for block in rows.split(_TORCH_ROWS):
-        block = block[first[block] < last[block]]
-        if not len(block):
+    for start in range(0, len(sums), _TORCH_ROWS):
+        block = slice(start, start + _TORCH_ROWS)
+        begins, ends = first[block, None], last[block, None]
+        counted = begins < ends
+        if not counted.any():
             continue
-        columns = torch.arange(int(first[block].min()), int(last[block].max()), device=sums.device)
-        products = left_gradients[block].float() @ right_gradients[columns].float().T
+        meets = slice(int(begins[counted].min()), int(ends[counted].max()))
+        columns = torch.arange(meets.start, meets.stop, device=sums.device)
+        products = left_gradients[block].float() @ right_gradients[meets].float().T
         if left_inputs is not None:
-            products *= left_inputs[block].float() @ right_inputs[columns].float().T + float(bias)
-        counts = (first[block, None] <= columns) & (columns < last[block, None])
+            products *= (left_inputs[block].float() @ right_inputs[meets].float().T).add_(float(bias))
+        counts = (begins <= columns) & (columns < ends)
         if left_ids is not None:
-            counts &= left_ids[block, None] == right_ids[columns]
+            counts &= left_ids[block, None] == right_ids[meets]
         if symmetric:
-            products *= torch.where(columns < block[:, None], 2.0, 1.0)
+            products *= torch.where(columns < rows[block, None], 2.0, 1.0)
         sums[block] = torch.where(counts, products, 0.0).sum(1)
     return sums
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fused_objectives.embedding_norms import embedding_norms
 from fused_objectives.linear_norms import linear_norms
+from fused_objectives.matmul import accumulate_rows
 from fused_objectives.segments import per_token
 from fused_objectives.sketched_norms import sketched_norms
 from fused_objectives.vector_norms import bias_norms, layer_norm_norms
@@ -128,7 +129,11 @@ class LinearLayer(Layer):
         matrix, *bias = self.parameters
         operands = use[:2] if isinstance(self.module, nn.Linear) else (use.gradients, use.inputs)
         found = [weighted_gradient(*operands, use.segments, weights, dtype=matrix.dtype)]
-        return found + [weighted_rows(use, weights).sum(0).to(each.dtype) for each in bias]
+        for each in bias:
+            sums = each.new_zeros(each.shape, dtype=torch.float32)
+            accumulate_rows(sums, use.gradients, per_token(weights, use.segments))
+            found.append(sums.to(each.dtype))
+        return found
 
 
 class NormLayer(Layer):
