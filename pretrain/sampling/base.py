@@ -18,12 +18,12 @@ from pretrain.errors import UserError, unknown
 
 
 class Wish(StrEnum):
-    """What a sampler wants measured before it plans a step, on held-out rows that are the same every time."""
+    """What a sampler wants measured before it plans a step, on held-out rows: new ones each time if it is not said."""
 
     LOSSES = "losses"
-    """Every objective's loss, under the same corruption every time."""
+    """Every objective's loss, on the same rows and under the same corruption every time."""
     FRESH_LOSSES = "fresh losses"
-    """Every objective's loss on rows and corruption that are new each time."""
+    """Every objective's loss, under new corruption."""
     CREDITS = "credits"
     """How each objective's gradient agrees with that of all relative losses together."""
     NOISE = "noise"

@@ -23,13 +23,12 @@ class SamplerProbe:
 
     def measure(self, wish: Wish) -> Measured:
         """Return what is wished for."""
-        if wish is Wish.FRESH_LOSSES:
-            return Measured(losses=heldout_losses(self.engine, self.objectives, self._loader.next().micro_batches))
-        losses = heldout_losses(self.engine, self.objectives, self._micro_batches)
-        if wish is Wish.LOSSES:
+        rows = self._micro_batches if wish is Wish.LOSSES else self._loader.next().micro_batches
+        losses = heldout_losses(self.engine, self.objectives, rows)
+        if wish in (Wish.LOSSES, Wish.FRESH_LOSSES):
             return Measured(losses=losses)
-        middle = len(self._micro_batches) // 2
-        halves = self._micro_batches[:middle], self._micro_batches[middle:]
+        middle = len(rows) // 2
+        halves = rows[:middle], rows[middle:]
         return self._noise(losses, *halves) if wish is Wish.NOISE else self._credits(losses, *halves)
 
     def _credits(self, losses: dict[str, float], one: Sequence[Batch], other: Sequence[Batch]) -> Measured:
