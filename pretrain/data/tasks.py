@@ -253,6 +253,10 @@ def limit_train(task: Task, samples: int) -> Task:
 
 
 def limit_split(split: Split, samples: int) -> Split:
-    """Return at most ``samples`` of a split's samples: those of the lowest content hash, in their order."""
+    """Return at most ``samples`` of a split's samples: those of the lowest content hash, in their order, but of every
+    class at least one if there is room."""
     hashes = _content_hashes(split)
-    return split.take(sorted(sorted(range(len(split)), key=lambda i: hashes[i])[:samples]))
+    order = sorted(range(len(split)), key=lambda i: hashes[i])
+    firsts = {} if isinstance(split.labels[0], float) else {split.labels[i]: i for i in reversed(order)}
+    order = sorted(order, key=lambda i: firsts.get(split.labels[i]) != i)
+    return split.take(sorted(order[:samples]))

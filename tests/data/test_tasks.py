@@ -105,6 +105,14 @@ def test_limit_train_keeps_the_same_samples_whatever_the_order(tmp_path):
     assert limit_train(task, 31) is task
 
 
+def test_limit_train_keeps_every_class_that_there_is_room_for(tmp_path):
+    rare = [{"text": f"rare {i}", "label": ["grey", "pink"][i % 2]} for i in range(4)]
+    task = load_task(write(tmp_path / "a", {**ROWS, "train": ROWS["train"] * 9 + rare}))
+    kept = limit_train(task, 6).splits["train"]
+    assert len(kept) == 6 and {task.label_names[label] for label in kept.labels} == set(task.label_names)
+    assert len(limit_train(task, 2).splits["train"]) == 2
+
+
 def broken(folder: Path, **changed) -> Path:
     """ROWS with some splits changed, or left out where None."""
     return write(folder, {split: rows for split, rows in {**ROWS, **changed}.items() if rows is not None})
