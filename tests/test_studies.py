@@ -250,6 +250,9 @@ def other(tmp_path_factory) -> Path:
 
 
 def test_planted_trouble_is_what_it_is_called_and_the_rest_is_as_before(corpus, other, tmp_path):
+    text, corpus = corpus.parent / "text.jsonl", tmp_path / "clean"
+    # With few entries words are of many tokens.
+    prepare([text], corpus, workers=1, heldout=0, vocabulary=160, max_length=64, min_length=2)
     prepare([other], tmp_path / "other", workers=1, heldout=0, tokenizer=corpus / "tokenizer", max_length=64)
     foreign, clean = Store(tmp_path / "other" / "train"), Store(corpus / "train")
     planting.plant(corpus, foreign, tmp_path / "planted", list(planting.TROUBLES))
