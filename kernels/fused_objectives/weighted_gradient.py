@@ -68,8 +68,8 @@ def _(inputs, gradients, segments, weights, dtype, impl):
 
 
 def _scale_rows_torch(matrix: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
-    row_weights = row_weights[:, None]
-    return torch.where(row_weights == 0, 0.0, matrix * row_weights).to(matrix.dtype)
+    scaled = (matrix * row_weights[:, None]).to(matrix.dtype)
+    return scaled.index_fill_(0, (row_weights == 0).nonzero()[:, 0], 0)
 
 
 def _scale_rows_triton(matrix: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:

@@ -255,6 +255,5 @@ def with_parameters(module: nn.Module, change: Callable[[nn.Parameter], torch.Te
 
 
 def weighted_rows(use: Use, weights: torch.Tensor) -> torch.Tensor:
-    """Return the gradients ``[N, p]``, each row times the weight of its sample; padding is 0."""
-    rows = per_token(weights, use.segments)[:, None]
-    return torch.where(rows == 0, 0.0, use.gradients * rows).to(use.gradients.dtype)
+    """Return the gradients ``[N, p]``, each row times the weight of its sample, or 0."""
+    return (use.gradients * per_token(weights, use.segments)[:, None]).to(use.gradients.dtype)
