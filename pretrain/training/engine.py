@@ -180,12 +180,11 @@ class Engine:
     def put_gradient(self, gradient: Gradient) -> None:
         """Replace the accumulated gradient by ``gradient``, so that ``step`` applies it and ``backward`` adds to it.
 
-        All ranks call it. Components that the next ``step`` leaves out must have zeros in it.
+        All ranks call it. What it has of components that ``step`` leaves out counts in the norm and goes nowhere else.
         """
-        self.begin_step()
         parts = {component: iter(shards) for component, shards in gradient.parts.items()}
         ds_internals.write_gradient(self._engine, [next(parts[component]) for component in self._flat_components])
-        self._backwards = 1
+        self._forwards, self._backwards = 0, 1
 
     def inner_products(
         self, pairs: Sequence[tuple[Gradient, Gradient]], components: Collection[str] | None = None
