@@ -10,6 +10,9 @@ DEMO_MEGABYTES ?= 24
 DEMO_RECIPE ?=
 DEMO_EVALUATE ?= --seeds 3 --epochs 3 --lr 1e-3
 
+# Test files that run at the same time.
+TEST_PROCESSES ?= 2
+
 .PHONY: demo test lint install install-test clean
 
 demo: install
@@ -23,7 +26,7 @@ demo: install
 	$(BIN)/medley report $(DEMO)/run
 
 test: install-test
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: install-test
 	$(BIN)/ruff check .

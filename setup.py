@@ -34,7 +34,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "triton>=3.6", "liger-kernel>=0.8.5", "opacus>=1.6"],
+        "test": ["pytest", "pytest-xdist", "ruff", "triton>=3.6", "liger-kernel>=0.8.5", "opacus>=1.6"],
         "benchmarks": ["accelerate", "liger-kernel>=0.8.5", "opacus>=1.6"],
         "salient": ["spacy>=3.8"],
         "track": ["wandb", "trackio"],
