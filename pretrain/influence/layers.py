@@ -114,8 +114,8 @@ class LinearLayer(Layer):
 
     @property
     def has_bias(self) -> bool:
-        """Whether it has a bias that is trained."""
-        return getattr(self.module, "bias", None) is not None and self.module.bias.requires_grad
+        """Whether it has a bias."""
+        return len(self.parameters) > 1
 
     def squared_norms(self, use: Use, measure: Measure) -> torch.Tensor:
         operands, impl = (*use, measure.samples), measure.impl

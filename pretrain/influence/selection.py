@@ -13,7 +13,8 @@ ALL, FIRST_BLOCK, LAYER_NORMS = "all", "first_block", "layer_norms"
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
-    """Return the layers of a model whose gradients can be told apart by sample, as far as their types say."""
+    """Return the layers of a model whose gradients can be told apart by sample, as far as their types say; layers that
+    are trained as a whole."""
     layers, inner = [], set()
     for name, module in model.named_modules():
         kind = next((kind for kind in KINDS if id(module) not in inner and kind.fits(module)), None)
@@ -22,7 +23,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
         layer = kind(name, module)
         if layer.method != "forward":  # it is called for the modules within
             inner.update(id(each) for each in module.children() if set(each.parameters()) == set(layer.parameters))
-        if layer.parameters:
+        if layer.parameters and len(layer.parameters) >= len(list(module.parameters(recurse=False))):
             layers.append(layer)
     return layers
 

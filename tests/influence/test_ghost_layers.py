@@ -116,6 +116,14 @@ def test_shared_layers_and_norms_of_heads_are_told_apart(family):
     assert_close(record(model, batch, ghost), norms_of(gradients_alone(model, batch)))
 
 
+def test_a_layer_that_is_trained_in_part_is_refused():
+    model = SETUPS["bert"].model()
+    model.encoder.backbone.encoder.layer[1].output.dense.weight.requires_grad_(False)
+    with pytest.raises(UserError, match=r"^weigher\.layers: .*layer\.1\.output\.dense\.bias is part of it"):
+        GhostNorms(model, "all", "gram")
+    assert "layer.1.output.dense.bias" in GhostNorms(model, "first_block", "gram").why_not_deferred
+
+
 def test_frozen_parameters_are_never_looked_at():
     model = SETUPS["bert"].model()
     for parameter in model.encoder.backbone.encoder.layer[0].parameters():
