@@ -34,7 +34,6 @@ def weighed(corpus, run, micro_batch_rows: int = 8, objectives=("mlm",), dropout
         training__steps=4,
         training__micro_batch_rows=micro_batch_rows,
         heldout={"rows": 0},
-        checkpoint={"interval_steps": 2},
     )
 
 
@@ -55,8 +54,11 @@ def assert_same_training(one: list[dict], other: list[dict], rel: float = 2e-5) 
             assert left[key] == pytest.approx(right[key], rel=rel), (left["step"], key)
 
 
-def plain(document: dict, by_micro_batch: bool) -> list[dict]:
-    """Train with PRESENCE (arXiv 2311.00913, algorithm 2), one backward a sample or micro-batch; return the records."""
+def plain(document: dict, by_micro_batch: bool = False, halves: int = 1) -> list[dict]:
+    """Train with PRESENCE (arXiv 2311.00913, algorithm 2), one backward a sample or micro-batch; return the records.
+
+    With two ``halves`` two micro-batches are one, scored by the product of their gradients.
+    """
     parts = build(recipe_from(document, "r.yaml"), dtype=torch.float32)
     model, config = parts.model, parts.recipe.training
     named = dict(model.named_parameters())
@@ -74,14 +76,16 @@ def plain(document: dict, by_micro_batch: bool) -> list[dict]:
         targets = [int(view.counts["mlm"].sum()) for view in views]
         losses = [mlm.loss(model, view)["mlm"].total / sum(targets) for view in views]
         gradients = [dict(zip(named, torch.autograd.grad(each, named.values()), strict=True)) for each in losses]
-        scores = [sum(float(each[name].double().square().sum()) for name in first_block) for each in gradients]
+        pairs = zip(gradients[::halves], gradients[halves - 1 :: halves], strict=True)
+        scores = [sum(float((a[n].double() * b[n].double()).sum()) for n in first_block) for a, b in pairs]
+        targets = [sum(targets[n : n + halves]) for n in range(0, len(targets), halves)]
         scored = [number for number, count in enumerate(targets) if count]
         temperature = 1.0 if step < config.steps / 2 else -1.0
-        weights = [1.0] * len(views)
+        weights = [1.0] * len(scores)
         for number, weight in zip(scored, written_out([scores[n] for n in scored], temperature), strict=True):
             weights[number] = weight
         for name, parameter in named.items():
-            parameter.grad = sum(weight * each[name] for weight, each in zip(weights, gradients, strict=True))
+            parameter.grad = sum(weights[n // halves] * each[name] for n, each in enumerate(gradients))
         norm = float(torch.nn.utils.clip_grad_norm_(named.values(), config.gradient_clipping))
         for group in optimizer.param_groups:
             group["lr"] = config.optimizer.learning_rate * config.schedule.factor(step, config.steps)
@@ -102,7 +106,7 @@ def plain(document: dict, by_micro_batch: bool) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def expected(corpus, tmp_path_factory):
-    return plain(weighed(corpus, tmp_path_factory.mktemp("plain")), by_micro_batch=False)
+    return plain(weighed(corpus, tmp_path_factory.mktemp("plain")))
 
 
 @pytest.mark.parametrize(
@@ -146,41 +150,44 @@ def test_what_cannot_be_deferred_takes_two_passes_and_says_why(corpus, tmp_path,
 @pytest.mark.parametrize(
     ("ds", "rows", "weigher"),
     [
-        ("zero0.json", 4, {}),
+        ("zero0.json", 4, {"score": "layer_norm"}),
         ("zero1.json", 2, {"normalise": "window", "window": 40}),
         ("zero2.json", 4, {"score_objective": "each", "layers": "all"}),
     ],
 )
 def test_a_deferred_gradient_trains_as_two_passes_do(corpus, tmp_path, ranks, ds, rows, weigher):
-    told = []
+    told, names = [], ("cse", "mlm", "rtd") if "score_objective" in weigher else ("cse", "mlm")
     for gradient in ("deferred", "two_pass"):
-        document = weighed(corpus, tmp_path / gradient, rows, ("cse", "mlm", "rtd"), 0.1, gradient=gradient, **weigher)
+        document = weighed(corpus, tmp_path / gradient, rows, names, 0.1, gradient=gradient, **weigher)
         document["objectives"]["cse"]["group_rows"] = 2
-        document["training"]["steps"] = 6
+        document["training"]["steps"] = 5
         told.append(run(document, ds, ranks)[0])
     assert_same_training(*told, rel=1e-4)
 
 
-def test_weighing_micro_batches_is_the_papers_algorithm_2(corpus, tmp_path):
-    document = weighed(corpus, tmp_path / "run", 2, granularity="microbatch")
-    records, said = run(document)
+@pytest.mark.parametrize(
+    ("signal", "ds", "world_size"), [("norm", "zero2.json", 1), ("norm", "zero0.json", 2), ("split", "zero3.json", 2)]
+)
+def test_weighing_micro_batches_is_the_papers_algorithm_2(corpus, tmp_path, ranks, signal, ds, world_size):
+    halves = 2 if signal == "split" else 1
+    documents = [
+        weighed(corpus, tmp_path / name, rows, granularity="microbatch", signal=signal)
+        for name, rows in (("run", 2 // world_size), ("plain", 2))
+    ]
+    for document in documents:
+        document["training"]["batch_rows"] = 8 * halves
+    records, said = run(documents[0], ds, ranks if world_size > 1 else None)
     assert "note" not in said
-    assert_same_training(records, plain(document, by_micro_batch=True))
-
-
-@pytest.mark.parametrize("ds", ["zero0.json", "zero3.json"])
-def test_micro_batches_of_two_ranks_are_weighed_as_those_of_one(corpus, tmp_path, ranks, ds):
-    one, _ = run(weighed(corpus, tmp_path / "one", 2, granularity="microbatch", signal="split"))
-    two, _ = run(weighed(corpus, tmp_path / "two", 1, granularity="microbatch", signal="split"), ds, ranks)
-    assert_same_training(two, one)
+    assert_same_training(records, plain(documents[1], True, halves))
 
 
 def test_without_temperature_every_weigher_is_bit_identical_to_uniform(corpus, tmp_path):
     def trained(folder: str, **weigher):
         document = weighed(corpus, tmp_path / folder, 4, ("mlm", "cse"), 0.1) | {"weigher": weigher}
         document["objectives"]["cse"]["group_rows"] = 2
+        document["training"]["steps"] = 2
         run(document)
-        return states(tmp_path / folder / "checkpoints" / "step-00000004")
+        return states(tmp_path / folder / "checkpoints" / "step-00000002")
 
     uniform = trained("uniform")
     for name in ("presence", "shuffled", "linupper", "loss"):
@@ -190,21 +197,16 @@ def test_without_temperature_every_weigher_is_bit_identical_to_uniform(corpus, t
 
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, ranks):
     keys = {"normalise": "window", "window": 40, "switch": "auto", "floor": 0.9}
-    last = "checkpoints/step-00000004"
-    for name in ("whole", "resumed", "resumed"):
-        document = weighed(corpus, tmp_path / name, 2, ("mlm", "rtd"), 0.1, **keys)
-        run(document, ranks=ranks)
-        if name == "resumed":
-            first, finished = (
-                (metrics(tmp_path / name), read_sample_log(tmp_path / name)),
-                states(tmp_path / name / last),
-            )
-            shutil.rmtree(tmp_path / name / last, ignore_errors=True)
-    assert finished == states(tmp_path / "whole" / last)
-    for one, other in zip(metrics(tmp_path / "whole"), first[0], strict=True):
-        keys = ("losses", "weigher", "effective_sample_size", "grad_norm")
-        assert [one[key] for key in keys] == [other[key] for key in keys]
-    assert read_sample_log(tmp_path / "whole") == first[1]
+    document = weighed(corpus, tmp_path / "run", 2, dropout=0.1, **keys) | {"checkpoint": {"interval_steps": 2}}
+    run(document, ranks=ranks)
+    last, log = tmp_path / "run" / "checkpoints" / "step-00000004", read_sample_log(tmp_path / "run")
+    whole, finished = metrics(tmp_path / "run"), states(last)
+    shutil.rmtree(last)
+    resumed, said = run(document, ranks=ranks)
+    assert "going on from" in said and states(last) == finished and read_sample_log(tmp_path / "run") == log
+    for one, other in zip(whole, resumed, strict=True):
+        fields = ("losses", "weigher", "effective_sample_size", "grad_norm")
+        assert [one[name] for name in fields] == [other[name] for name in fields]
 
 
 def test_shuffled_hands_out_the_weights_that_presence_gives(corpus, tmp_path):
