@@ -393,7 +393,7 @@ BENCHMARKS = [
         gemm_work,
         [
             Provider("medley", gradient_with_medley("auto")),
-            twin(gradient_with_medley("torch"), waits=False),
+            twin(gradient_with_medley("torch"), waits=True),
             Provider("torch", gradient_with_torch),
             Provider("torch.compile", gradient_with_compile),
             Provider("its GEMM alone", gradient_gemm),
