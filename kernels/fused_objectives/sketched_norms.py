@@ -83,7 +83,7 @@ def _(inputs, gradients, segments, samples, *_):
 
 def _signs_torch(rows: int, size: int, seed: int, stream: str, like: torch.Tensor) -> torch.Tensor:
     """The twin: ``[rows, size]`` of −1 and 1, bit by bit of the words of the counter (row, 0, 0, 0)."""
-    words = torch.stack(philox(seed, stream, torch.arange(rows, device=like.device)), 1)
+    words = torch.stack(philox(seed, stream, torch.arange(rows, device=like.device))[: -(-size // 32)], 1)
     bits = (words[:, :, None] >> torch.arange(32, device=like.device)) & 1
     return (2 * bits.flatten(1)[:, :size] - 1).to(like.dtype)
 
