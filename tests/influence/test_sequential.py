@@ -112,7 +112,8 @@ def test_any_number_of_ranks_and_any_interruption_make_the_same_bits(trained, co
         score(trained[1], corpus, "resumed")
     assert not (corpus / "train" / "scores" / "resumed").exists()
     monkeypatch.setattr(scoring.Scorer, "scores", plain)
-    assert score(trained[1], corpus, "resumed")["samples"] == SAMPLES - 2 * 17
+    assert score(trained[1], corpus, "resumed", objective="rtd")["samples"] == SAMPLES  # takes nothing of the other
+    assert score(trained[1], corpus, "resumed", overwrite=True)["samples"] == SAMPLES - 2 * 17
     assert Scores(Store(corpus / "train"), "resumed").values.tobytes() == expected
     assert sorted(path.name for path in (corpus / "train" / "scores").iterdir()) == ["ranks", "resumed", "whole"]
 
