@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from pretrain.data.embedded import write_corpus  # noqa: E402
 from pretrain.data.prepare import prepare  # noqa: E402
 from pretrain.data.store import Store  # noqa: E402
 from pretrain.data.tokenization import load_tokenizer  # noqa: E402
-from pretrain.errors import EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError, unknown  # noqa: E402
+from pretrain.errors import RunError  # noqa: E402
 from studies import records, reporting  # noqa: E402
 from studies.cloze import PARTS, Fact, detokenizer, find_facts, keep_passages, read_facts  # noqa: E402
 from studies.cloze_models import (  # noqa: E402
@@ -43,6 +43,7 @@ from studies.cloze_models import (  # noqa: E402
     recipe_of,
     score,
 )
+from studies.command import exit_code, names, say, settings_of  # noqa: E402
 from studies.mask_arms import ARMS, Workplace, make_annotation  # noqa: E402
 
 AGAINST = "random"
@@ -73,25 +74,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the study; return the exit code."""
-    args = parser().parse_args(argv)
-    try:
-        study(args)
-    except UserError as error:
-        print(f"study: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except RunError as error:
-        print(f"study: failed: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    return 0
+    return exit_code(study, parser().parse_args(argv))
 
 
 def study(args: argparse.Namespace) -> list[Path]:
     """Do what is left of the study; return the files of results."""
-    wanted = [name.strip() for name in args.arms.split(",") if name.strip()]
-    for name in wanted:
-        if name not in ARMS:
-            raise unknown("arm", name, ARMS, "--arms")
-    settings = Settings(**{f.name: vars(args)[f.name] for f in fields(Settings) if f.name in vars(args)})
+    wanted, settings = names(args.arms, ARMS, "arm", "--arms"), settings_of(args, Settings())
     facts = _prepare(args, settings)
     at = Workplace(args.out, facts, args.learn_steps, args.meta_steps)
     base = _base(at, settings)
@@ -104,7 +92,7 @@ def study(args: argparse.Namespace) -> list[Path]:
             if not made.get(name) and not records.has(at.folder, arm=name, seed=seed):
                 record = run_arm(name, seed, at, settings, base)
                 records.add(at.folder, record)
-                _say(f"seed {seed}, {name}: exact match on dev {100 * record['dev']['exact_match']:.1f} %")
+                say(f"seed {seed}, {name}: exact match on dev {100 * record['dev']['exact_match']:.1f} %")
     return report(args, at, settings, {name: reason for name, reason in made.items() if reason})
 
 
@@ -203,7 +191,7 @@ def _base(at: Workplace, settings: Settings) -> dict[str, torch.Tensor]:
     file = at.folder / "base.pt"
     if not file.is_file():
         parts = build_parts(recipe_of(at.corpus, settings, 0, 0, {"rate": settings.rate}))
-        _say(f"pre-trained: loss {pretrain(parts, settings.base_steps, settings.base_lr):.3f}")
+        say(f"pre-trained: loss {pretrain(parts, settings.base_steps, settings.base_lr):.3f}")
         parts.model.encoder.pretrained.save_pretrained(at.base)
         parts.tokenizer.save_pretrained(at.base)
         torch.save(parts.model.state_dict(), file)
@@ -216,12 +204,8 @@ def _try_to_make(name: str, at: Workplace) -> str:
         make_annotation(name, at)
         return ""
     except (RunError, ImportError) as error:
-        _say(f"{name}: not run: {error}")
+        say(f"{name}: not run: {error}")
         return str(error)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

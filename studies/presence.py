@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers.utils import logging
@@ -31,8 +31,8 @@ from pretrain.data.embedded import write_corpus  # noqa: E402
 from pretrain.data.prepare import prepare  # noqa: E402
 from pretrain.data.store import Store  # noqa: E402
 from pretrain.data.tasks import load_task  # noqa: E402
-from pretrain.errors import EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError, unknown  # noqa: E402
 from studies import presence_report, records, reporting  # noqa: E402
+from studies.command import add_settings, exit_code, names, say, settings_of  # noqa: E402
 from studies.planting import SHARE, TROUBLES, excerpts, plant, source_code, write_texts  # noqa: E402
 from studies.presence_arms import (  # noqa: E402
     AGAINST,
@@ -86,31 +86,19 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=ROOT / "runs" / "studies" / "presence", metavar="FOLDER", help="working folder")
     add("--results", type=Path, metavar="FILE", help="name of the results without suffix (default: OUT/results)")
     add("--quick", action="store_true", help="a few steps, which show only that it runs")
-    for field in fields(Settings):
-        name = f"--{field.name.replace('_', '-')}"
-        add(name, type=type(field.default), default=None, metavar="N", help=f"default {field.default}")
+    add_settings(parser, Settings())
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the study; return the exit code."""
-    args = parser().parse_args(argv)
-    try:
-        study(args)
-    except UserError as error:
-        print(f"study: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except RunError as error:
-        print(f"study: failed: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    return 0
+    return exit_code(study, parser().parse_args(argv))
 
 
 def study(args: argparse.Namespace) -> list[Path]:
     """Do what is left of the study; return the files of results."""
-    arms, troubles = _names(args.arms, ARMS, "arm", "--arms"), _names(args.trouble, TROUBLES, "kind", "--trouble")
-    given = {field.name: vars(args)[field.name] for field in fields(Settings) if vars(args)[field.name] is not None}
-    settings = replace(QUICK if args.quick else Settings(), **given)
+    arms, troubles = names(args.arms, ARMS, "arm", "--arms"), names(args.trouble, TROUBLES, "kind", "--trouble")
+    settings = settings_of(args, QUICK if args.quick else Settings())
     logging.disable_progress_bar()
     at = _prepare(args, settings, troubles)
     ratios = _ratios(args.out, at, settings)
@@ -121,7 +109,7 @@ def study(args: argparse.Namespace) -> list[Path]:
                     began = time.perf_counter()
                     record = run_arm(arm, budget, seed, ratios[arm], at, settings)
                     records.add(args.out, record | {"seconds": time.perf_counter() - began})
-                    _say(
+                    say(
                         f"seed {seed}, {arm}, equal {budget}: held-out loss {record['heldout_loss']:.4f}, "
                         f"{record['metric']} on dev {100 * record['dev']:.1f} %"
                     )
@@ -187,7 +175,7 @@ def _prepare(args: argparse.Namespace, settings: Settings, troubles: list[str]) 
         plant(clean, Store(other / "train") if "foreign" in troubles else None, corpus, troubles)
     base = args.out / "base" if settings.base_steps else None
     if base and not base.is_dir():
-        _say(f"pre-trained: held-out loss {pretrain_base(before, base, settings):.4f}")
+        say(f"pre-trained: held-out loss {pretrain_base(before, base, settings):.4f}")
     task = limited(load_task(args.task or embedded / "task"), settings)
     return Place(corpus, base, task, args.out / "runs")
 
@@ -200,23 +188,11 @@ def _ratios(folder: Path, at: Place, settings: Settings) -> dict[str, float]:
     return json.loads(file.read_text())
 
 
-def _names(given: str, known: dict, what: str, where: str) -> list[str]:
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise unknown(what, name, known, where)
-    return names
-
-
 def _identity(args: argparse.Namespace, settings: Settings, troubles: list[str]) -> dict:
     """Return what may not change between records."""
     paths = {name: vars(args)[name] and str(vars(args)[name]) for name in ("text", "other", "task")}
     numbers = {"megabytes": args.megabytes, "vocabulary": args.vocabulary}
     return {**paths, **numbers, "troubles": troubles, **asdict(settings)}
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ def read(folder: Path) -> list[dict]:
 
 
 def add(folder: Path, record: dict) -> None:
-    """Keep a record."""
-    with open(folder / _RECORDS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Keep a record: whole, or not at all if the process is killed."""
+    partial = folder / f"{_RECORDS}.partial"
+    partial.write_text("".join(json.dumps(each) + "\n" for each in [*read(folder), record]))
+    partial.replace(folder / _RECORDS)
 
 
 def has(folder: Path, **keys) -> bool:

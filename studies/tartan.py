@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script; when it is imp
 from benchmarks.common import environment  # noqa: E402
 from pretrain.data.prepare import prepare  # noqa: E402
 from pretrain.data.tasks import Split, Task, limit_split, load_task  # noqa: E402
-from pretrain.errors import EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError, unknown  # noqa: E402
 from studies import records, reporting, tartan_report  # noqa: E402
+from studies.command import add_settings, exit_code, names, say, settings_of  # noqa: E402
 from studies.tartan_arms import ARMS, Place, Settings, pretrain_base, run_arm  # noqa: E402
 
 AGAINST = "none"
@@ -53,35 +53,22 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=ROOT / "runs" / "studies" / "tartan", metavar="FOLDER", help="working folder")
     add("--results", type=Path, metavar="FILE", help="name of the results without suffix (default: OUT/results)")
     add("--quick", action="store_true", help="a model and a budget that show only that it runs")
-    for field in fields(Settings):
-        name = f"--{field.name.replace('_', '-')}"
-        add(name, type=type(field.default), default=None, metavar="N", help=f"default {field.default}")
+    add_settings(parser, Settings())
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the study; return the exit code."""
-    args = parser().parse_args(argv)
-    try:
-        study(args)
-    except UserError as error:
-        print(f"study: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except RunError as error:
-        print(f"study: failed: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    return 0
+    return exit_code(study, parser().parse_args(argv))
 
 
 def study(args: argparse.Namespace) -> list[Path]:
     """Do what is left of the study; return the files of results."""
-    names, arms = ([name.strip() for name in given.split(",") if name.strip()] for given in (args.only, args.arms))
-    for arm in arms:
-        if arm not in ARMS:
-            raise unknown("arm", arm, ARMS, "--arms")
-    given = {field.name: vars(args)[field.name] for field in fields(Settings) if vars(args)[field.name] is not None}
-    settings = replace(QUICK if args.quick else Settings(), **given)
-    places = _prepare(args, names, settings)
+    tasks = sorted(path.parent.name for path in args.tasks.glob("*/domain.txt"))
+    wanted = names(args.only, tasks, "task with a domain.txt", f"--tasks {args.tasks}")
+    arms = names(args.arms, ARMS, "arm", "--arms")
+    settings = settings_of(args, QUICK if args.quick else Settings())
+    places = _prepare(args, wanted, settings)
     for seed in range(args.seeds):
         for place in places:
             for arm in arms:
@@ -89,7 +76,7 @@ def study(args: argparse.Namespace) -> list[Path]:
                     began = time.perf_counter()
                     record = run_arm(arm, place, seed, settings)
                     records.add(args.out, record | {"seconds": time.perf_counter() - began})
-                    _say(f"seed {seed}, {place.name}, {arm}: {record['metric']} on dev {100 * record['dev']:.1f} %")
+                    say(f"seed {seed}, {place.name}, {arm}: {record['metric']} on dev {100 * record['dev']:.1f} %")
     return report(args, settings)
 
 
@@ -116,9 +103,6 @@ def report(args: argparse.Namespace, settings: Settings) -> list[Path]:
 
 def _prepare(args: argparse.Namespace, names: list[str], settings: Settings) -> list[Place]:
     """Prepare tasks, corpora and the base model, as far as they are not there; refuse a folder with another study's."""
-    for name in names:
-        if not (args.tasks / name / "domain.txt").is_file():
-            raise UserError(f"--tasks {args.tasks}: no {name}/domain.txt in it; --only names the tasks to run")
     records.claim(args.out, _identity(args, settings) | {"base": sorted(names)})
     corpus, base = args.out / "corpus", args.out / "base"
     shape = {"heldout": 0, "max_length": settings.max_length, "workers": 1}
@@ -135,7 +119,7 @@ def _prepare(args: argparse.Namespace, names: list[str], settings: Settings) -> 
         places.append(Place(name, folder, own, base, args.out / "runs"))
     if not base.is_dir():
         pretrain_base(corpus, base, settings)
-        _say(f"pre-trained: {base}")
+        say(f"pre-trained: {base}")
     return places
 
 
@@ -159,10 +143,6 @@ def _identity(args: argparse.Namespace, settings: Settings) -> dict:
     """Return what may not change between records."""
     limits = {"max_train": args.max_train, "max_dev": args.max_dev, "vocabulary": args.vocabulary}
     return {"tasks": str(args.tasks), **limits, **asdict(settings)}
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
