@@ -6,6 +6,7 @@ and the nearest valid name.
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -22,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from pretrain.errors import UserError, nearest
+from pretrain.errors import UserError, nearest, unknown
 
 
 class Config(BaseModel):
@@ -189,6 +190,15 @@ def explain(error: ValidationError, model: type[BaseModel], where: str, prefix: 
             reason += f"; did you mean '{match}'?" if match else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return UserError(f"{where}: {key or 'recipe'}: {reason}{more}")
+
+
+def parse_named(kind: str, valid: Mapping[str, type[C]], values: Mapping[str, Any], default: str, where: str) -> C:
+    """Validate ``values`` as the configuration that their ``name`` stands for in ``valid``; ``kind`` is the section's
+    key. A wrong name or key is a one-line :class:`UserError` that names ``where`` and the key."""
+    name = values.get("name", default)
+    if not isinstance(name, str) or name not in valid:
+        raise unknown(kind, str(name), valid, f"{where}: {kind}.name")
+    return parse(valid[name], {**values, "name": name}, where, (kind,))
 
 
 def parse(model: type[C], values: Any, where: str, prefix: tuple[str, ...] = ()) -> C:

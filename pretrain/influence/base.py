@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from pretrain.config import Config, ScheduledNumber, parse
+from pretrain.config import Config, ScheduledNumber, parse_named
 from pretrain.errors import UserError, unknown
 from pretrain.influence.switch import NoiseSwitch
 from pretrain.influence.weights import effective_sample_size
@@ -167,10 +167,8 @@ def register(weigher: type[Weigher]) -> type[Weigher]:
 
 def parse_weigher(values: dict, where: str) -> WeigherConfig:
     """Validate the recipe's ``weigher``; a wrong key is a :class:`UserError` naming file and key."""
-    name = values.get("name", WeigherConfig().name)
-    if name not in WEIGHERS:
-        raise unknown("weigher", str(name), WEIGHERS, f"{where}: weigher.name")
-    return parse(WEIGHERS[name].Config, values | {"name": name}, where, ("weigher",))
+    configs = {name: weigher.Config for name, weigher in WEIGHERS.items()}
+    return parse_named("weigher", configs, values, WeigherConfig().name, where)
 
 
 def build_weigher(config: WeigherConfig, objectives: Mapping[str, bool], mixes: bool, seed: int, steps: int) -> Weigher:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from fused_objectives.philox import philox, uniform
-from pretrain.config import Config, parse
+from pretrain.config import Config, parse_named
 from pretrain.errors import UserError, unknown
 
 
@@ -153,10 +153,8 @@ def register(sampler: type[Sampler]) -> type[Sampler]:
 
 def parse_sampler(values: dict, where: str) -> SamplerConfig:
     """Validate the recipe's ``sampler``; a wrong key is a :class:`UserError` naming file and key."""
-    name = values.get("name", SamplerConfig().name)
-    if name not in SAMPLERS:
-        raise unknown("sampler", str(name), SAMPLERS, f"{where}: sampler.name")
-    return parse(SAMPLERS[name].Config, values | {"name": name}, where, ("sampler",))
+    configs = {name: sampler.Config for name, sampler in SAMPLERS.items()}
+    return parse_named("sampler", configs, values, SamplerConfig().name, where)
 
 
 def build_sampler(config: SamplerConfig, objectives: Sequence[str], seed: int, steps: int) -> Sampler:
