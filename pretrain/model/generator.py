@@ -5,13 +5,32 @@ import copy
 from typing import Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 from transformers import AutoModelForMaskedLM
 
 from fused_objectives.targets import Targets
+from pretrain.config import Config
 from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
 from pretrain.model.projection import Score
+
+
+class GeneratorConfig(Config):
+    """Size of the generator."""
+
+    depth: float = Field(0.5, gt=0, le=1)
+    """Layers as a fraction of the backbone's."""
+    width: float = Field(1.0, gt=0, le=1)
+    """Hidden size as a fraction of the backbone's."""
+    share_embeddings: bool = True
+    """Generator and backbone have one token embedding; needs ``width: 1``."""
+
+    @model_validator(mode="after")
+    def _sharable(self):
+        if self.share_embeddings and self.width != 1:
+            raise ValueError("share_embeddings needs width 1, or set it to false")
+        return self
 
 
 class Generator(nn.Module):

@@ -16,29 +16,12 @@ from pretrain.masking.masker import Chooser, Masker
 from pretrain.model.attention import Layout
 from pretrain.model.detection_head import DetectionHead
 from pretrain.model.encoder import Encoder
-from pretrain.model.generator import Generator
+from pretrain.model.generator import Generator, GeneratorConfig
 from pretrain.objectives.base import LabelledView, Objective, TermLoss, View, register
 from pretrain.objectives.losses import generator_loss, token_detection_loss
 from pretrain.objectives.unigram import draw_unigram
 
 _DISCRIMINATOR_WEIGHT = 50.0
-
-
-class GeneratorConfig(Config):
-    """Size of the generator."""
-
-    depth: float = Field(0.5, gt=0, le=1)
-    """Layers as a fraction of the backbone's."""
-    width: float = Field(1.0, gt=0, le=1)
-    """Hidden size as a fraction of the backbone's."""
-    share_embeddings: bool = True
-    """Generator and backbone have one token embedding; needs ``width: 1``."""
-
-    @model_validator(mode="after")
-    def _sharable(self):
-        if self.share_embeddings and self.width != 1:
-            raise ValueError("share_embeddings needs width 1, or set it to false")
-        return self
 
 
 class GeneratorSplitConfig(SplitConfig):
