@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, ElectraForPreTraining, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from pretrain import __version__
 from pretrain.data.output import whole_folder
 from pretrain.data.tokenization import load_tokenizer
 from pretrain.errors import UserError
@@ -21,8 +22,10 @@ from pretrain.recipe import Recipe, load_recipe
 from pretrain.training import checkpoint as checkpoints
 from pretrain.training.build import build_model
 from pretrain.training.log import read_metrics
+from pretrain.training.saving import STATE
 from pretrain.training.states import load_weights
 
+FACTS = "medley.json"  # what Medley knows of a model and Hugging Face has no place for
 MARKS = ("config.json", "model.safetensors", "README.md")  # what tells an export from another folder
 KINDS = ("masked-lm", "causal-lm", "seq2seq-lm", "discriminator", "generator", "sequence-classification", "backbone")
 
@@ -55,7 +58,16 @@ def export(
         chosen.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(folder, manifest, recipe, chosen), encoding="utf-8")
+        state = json.loads((folder / STATE).read_text())
+        write_facts(partial, None if kind == "generator" else state.get("initialisation"))
     return out
+
+
+def write_facts(folder: Path, initialisation: str | None) -> None:
+    """Write what an export says of itself beside its card; ``initialisation`` is the fingerprint of the weights that its
+    backbone began with, None where it is not known."""
+    facts = {"format_version": 1, "initialisation": initialisation, "program": f"medley {__version__}"}
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def resolve_checkpoint(path: str | Path, best: bool = False) -> Path:
@@ -125,7 +137,7 @@ def _choose(model: MultiObjectiveModel, kind: str) -> PreTrainedModel:
 
 def model_card(folder: Path, manifest: dict, recipe: Recipe, model: PreTrainedModel) -> str:
     """Return the README of an export: what it is, how to load it, and the run it comes from."""
-    state = json.loads((folder / "trainer.json").read_text())
+    state = json.loads((folder / STATE).read_text())
     records = [r for r in read_metrics(folder.parents[1]) if r["step"] == manifest["step"]]
     losses = (
         {**records[-1]["losses"], **{f"{n} (held-out)": v for n, v in records[-1].get("heldout", {}).items()}}

@@ -17,10 +17,12 @@ from pretrain.errors import UserError
 from pretrain.influence import Weigher, build_weigher
 from pretrain.masking.config import LIVE
 from pretrain.masking.learning.live import LiveExtractor, LiveSpans
-from pretrain.model.encoder import backbone_config, build_encoder
+from pretrain.model.encoder import Encoder, backbone_config, build_encoder
+from pretrain.model.encoder_decoder import EncoderDecoder
+from pretrain.model.initialisation import fingerprint
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.model.vocabulary import Vocabulary
-from pretrain.objectives import build_objectives
+from pretrain.objectives import Objective, build_objectives
 from pretrain.recipe import Recipe
 from pretrain.sampling import Sampler, build_sampler
 from pretrain.sampling.tartan import END_TASK, MetaTartanSampler
@@ -36,6 +38,8 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     model: MultiObjectiveModel
+    initialisation: str
+    """Fingerprint of the backbone's weights before the first step."""
     components: dict[str, list[torch.nn.Parameter]]
     sizes: dict[str, int]
     """Component → number of parameters."""
@@ -108,7 +112,10 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
     torch.manual_seed(recipe.seed)
     longest = max(store.max_length, heldout.max_length if heldout is not None else 0)
     config = backbone_config(recipe.model, vocabulary, longest)
-    model = build_model(recipe, vocabulary, config, dtype=dtype, prepare=(tokenizer, store.max_length))
+    objectives = _objectives(recipe, vocabulary, prepare=(tokenizer, store.max_length))
+    encoder = _encoder(recipe, config, dtype)
+    initialisation = fingerprint(encoder)
+    model = MultiObjectiveModel(encoder, objectives)
     components = model.components()
     parts = Parts(
         recipe=recipe,
@@ -117,6 +124,7 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         model=model,
+        initialisation=initialisation,
         components=components,
         sizes={name: sum(p.numel() for p in params) for name, params in components.items()},  # ZeRO-3 empties them
         sampler=sampler,
@@ -130,19 +138,22 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
     return parts
 
 
-def build_model(
-    recipe: Recipe,
-    vocabulary: Vocabulary,
-    config,
-    *,
-    dtype: torch.dtype,
-    prepare: tuple[PreTrainedTokenizerBase, int] | None = None,
-) -> MultiObjectiveModel:
-    """Build the model of a recipe around a Hugging Face ``config``, on the CPU in fp32.
+def build_model(recipe: Recipe, vocabulary: Vocabulary, config, *, dtype: torch.dtype) -> MultiObjectiveModel:
+    """Build the model of a recipe around a Hugging Face ``config``, on the CPU in fp32, without the objectives' own data:
+    it computes, but is not trained."""
+    objectives = _objectives(recipe, vocabulary)
+    return MultiObjectiveModel(_encoder(recipe, config, dtype), objectives)
 
-    With ``prepare``, the store's tokenizer and the length of its longest sample, the objectives read their own data;
-    without it they can be built, but not trained.
-    """
+
+def _encoder(recipe: Recipe, config, dtype: torch.dtype) -> Encoder | EncoderDecoder:
+    return build_encoder(recipe.model, config, device_type=device_type(), dtype=dtype)
+
+
+def _objectives(
+    recipe: Recipe, vocabulary: Vocabulary, prepare: tuple[PreTrainedTokenizerBase, int] | None = None
+) -> dict[str, Objective]:
+    """Build the objectives of a recipe. With ``prepare``, the store's tokenizer and the length of its longest sample,
+    they read their own data."""
     reason = why_no_triton(device_type()) if recipe.impl == "triton" else None
     if reason:
         raise UserError(f"impl: {reason}; set it to auto")
@@ -155,8 +166,7 @@ def build_model(
                 f"training.micro_batch_rows: {recipe.training.micro_batch_rows} is no multiple of the "
                 f"{objective.rows_together} rows that '{name}' needs together (objectives.{name}.group_rows)"
             )
-    encoder = build_encoder(recipe.model, config, device_type=device_type(), dtype=dtype)
-    return MultiObjectiveModel(encoder, objectives)
+    return objectives
 
 
 def _load_extractors(model: MultiObjectiveModel) -> dict[str, LiveExtractor]:

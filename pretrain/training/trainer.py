@@ -36,6 +36,7 @@ class Trainer:
         self.parts, self.engine, self.stop = parts, engine, stop
         self.recipe, self.config, self.run = recipe, recipe.training, Path(recipe.run)
         self.model, self.sampler = parts.model, parts.sampler
+        self.initialisation: str | None = parts.initialisation
         self.loader = parts.loader(rank=engine.rank, world_size=engine.world_size)
         self.heldout = HeldoutProbe(parts, engine)
         self.probe = SamplerProbe(parts, engine)
@@ -209,7 +210,7 @@ class Trainer:
         stateful = {"loader": self.loader, "sampler": self.sampler, "probe": self.probe, "stopping": self.early}
         stateful["weighing"] = self.weighing
         states = {name: each.state_dict() for name, each in stateful.items()}
-        return {**counters, **states, "objective_data": data}
+        return {**counters, **states, "objective_data": data, "initialisation": self.initialisation}
 
     def load_state_dict(self, state: dict) -> None:
         """Take up :meth:`state_dict`.
@@ -220,6 +221,7 @@ class Trainer:
         for name, objective in self.model.objectives.items():
             if objective.fingerprint != state.get("objective_data", {}).get(name):
                 raise UserError(f"objectives.{name}: other data than the checkpoint's; start a new run folder (run=…)")
+        self.initialisation = state.get("initialisation")
         self.loader.load_state_dict(state["loader"])
         self.sampler.load_state_dict(state["sampler"])
         self.probe.load_state_dict(state.get("probe", {}))
