@@ -99,10 +99,7 @@ class ReplacedTokenDetection(Objective):
     def build_heads(self, encoder: Encoder) -> dict[str, nn.Module]:
         heads: dict[str, nn.Module] = {"detection": DetectionHead.of(encoder.config)}
         if self.generates:
-            size = self.config.generator
-            heads["generator"] = Generator(
-                encoder, depth=size.depth, width=size.width, share_embeddings=size.share_embeddings
-            )
+            heads["generator"] = Generator(encoder, self.config.generator)
         return heads
 
     def corrupt(self, batch: Batch, progress: float) -> View:

@@ -52,7 +52,7 @@ SETUPS = {
     ),
     "electra": Setup("electra", "rtd", {"embedding_size": 32}, {"masking": {"rate": 0.3}}),
     "electra, nothing shared": Setup(
-        "electra", "rtd", UNTIED, {"generator": {"share_embeddings": False, "width": 0.5}}
+        "electra", "rtd", UNTIED, {"generator": {"embeddings": "separate", "width": 0.5}}
     ),
     "roberta sop": Setup("roberta", "sop"),
     "gpt2": Setup("gpt2", "clm"),

@@ -12,7 +12,7 @@ from tests.objectives.builders import annotated
 RECIPES = [
     ("bert", {"mlm": {}}),
     ("bert", {"mlm": {}, "rtd": {}, "cse": {"group_rows": 2}, "clm": {}}),
-    ("electra", {"rtd": {"generator": {"width": 0.5, "share_embeddings": False}}, "mlm": {}}),
+    ("electra", {"rtd": {"generator": {"width": 0.5, "embeddings": "separate"}}, "mlm": {}}),
     ("modernbert", {"clm": {}, "rtd": {}}),
     ("roberta", {"cse": {"group_rows": 2}, "rtd": {}, "mlm": {}}),
     ("bert", {"itd": {"source": "generator"}, "rtd": {}, "std": {}, "dtd": {}, "sop": {}}),

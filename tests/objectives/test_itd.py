@@ -40,7 +40,7 @@ def short_of_positions(positions: int, rate: float):
 
 
 def with_generator(**keys) -> MultiObjectiveModel:
-    recipe = {"itd": {"source": "generator", **keys}, "rtd": {"generator": {"share_embeddings": False}}}
+    recipe = {"itd": {"source": "generator", **keys}, "rtd": {"generator": {"embeddings": "separate"}}}
     objectives = build_objectives(parse_objectives(recipe, "test"), VOCABULARY, seed=1)
     return MultiObjectiveModel(tiny_encoder("bert"), objectives).eval()
 

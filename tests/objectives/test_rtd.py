@@ -13,7 +13,7 @@ from tests.builders import VOCABULARY, padded, random_samples
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
 from tests.objectives.oracles import COUNTED, detection_sums, gumbel_draw, labels_of, samples_of, unigram
 
-UNSHARED = {"generator": {"share_embeddings": False}}
+UNSHARED = {"generator": {"embeddings": "separate"}}
 SCALES = {"rtd/generator": 0.0, "rtd/discriminator": 0.0}
 
 
