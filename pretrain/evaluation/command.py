@@ -1,11 +1,12 @@
 """``medley evaluate``: fine-tune a model on an end task over several seeds; print a table, write JSON."""
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
 
-from pretrain.data.tasks import GLUE, load_task
+from pretrain.data.tasks import GLUE, Task, load_task
 from pretrain.errors import UserError
 from pretrain.evaluation.finetune import Settings
 from pretrain.evaluation.metrics import CLASSIFICATION, REGRESSION
@@ -19,10 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--untrained", action="store_true", help="same architecture, random weights: the control")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: MODEL/evaluation-TASK.json)")
+    add_task_arguments(parser, required=True)
+
+
+def add_task_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Declare what names a task and says how to fine-tune on it; see :func:`chosen_task`, :func:`chosen_settings`."""
     task = parser.add_argument_group("task")
     task.add_argument(
         "--task",
-        required=True,
+        required=required,
         help="a folder with train, dev and test as .jsonl, .tsv or .csv; hf:NAME; or a GLUE task: " + ", ".join(GLUE),
     )
     task.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set hf:NAME")
@@ -44,13 +50,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate and report.
+def chosen_task(args: argparse.Namespace) -> Task:
+    """Load the task that the arguments name.
 
     Raises:
-        UserError: if model, task, settings or output cannot be used; the output is tried before the work begins.
+        UserError: as :func:`~pretrain.data.tasks.load_task`.
     """
-    settings = Settings(
+    return load_task(
+        args.task,
+        text_field=args.text_field,
+        pair_field=args.pair_field,
+        label_field=args.label_field,
+        config=args.dataset_config,
+        regression=args.regression,
+    )
+
+
+def chosen_settings(args: argparse.Namespace) -> Settings:
+    """Return how to fine-tune; raises :class:`UserError` if a number is out of range."""
+    return Settings(
         epochs=args.epochs,
         lr=args.lr,
         batch=args.batch,
@@ -59,16 +77,17 @@ def run(args: argparse.Namespace) -> None:
         patience=args.patience,
         max_train=args.max_train,
         metric=args.metric,
-        untrained=args.untrained,
     )
-    task = load_task(
-        args.task,
-        text_field=args.text_field,
-        pair_field=args.pair_field,
-        label_field=args.label_field,
-        config=args.dataset_config,
-        regression=args.regression,
-    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and report.
+
+    Raises:
+        UserError: if model, task, settings or output cannot be used; the output is tried before the work begins.
+    """
+    settings = dataclasses.replace(chosen_settings(args), untrained=args.untrained)
+    task = chosen_task(args)
     out = args.out or default_output(args.model, task.name, args.untrained)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"{out}: cannot be written; name another file with --out")

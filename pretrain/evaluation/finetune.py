@@ -89,7 +89,8 @@ class SeedResult:
     seed: int
     epoch: int
     dev: Scores
-    test: Scores
+    test: Scores | None
+    """None where the task has no test split."""
     dev_by_epoch: list[float]
     """The choosing metric on dev after each epoch."""
     loss_by_epoch: list[float | None]
@@ -188,8 +189,8 @@ class Finetuner:
 def fine_tune(
     tuner: Finetuner, splits: dict[str, EncodedSplit], metric: str, seed: int, log: Callable[[str], None]
 ) -> SeedResult:
-    """Train for all epochs, or until dev improves no more; score test once, with the weights of the epoch (the first of
-    equals) best on dev.
+    """Train for all epochs, or until dev improves no more; score test, if there is one, once, with the weights of the
+    epoch (the first of equals) best on dev.
 
     Sets torch's random state: order and dropout are functions of ``seed`` alone.
 
@@ -216,7 +217,7 @@ def fine_tune(
             if settings.patience is not None and epoch - chosen >= settings.patience:
                 break
         tuner.model.load_state_dict(weights)
-        test = tuner.score(splits["test"])
+        test = tuner.score(splits["test"]) if "test" in splits else None
     except torch.cuda.OutOfMemoryError:
         raise UserError(
             f"the GPU's memory is too small: --batch {settings.batch}, --max-length {settings.max_length}; lower one"

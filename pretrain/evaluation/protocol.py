@@ -47,16 +47,11 @@ def evaluate(
     """
     settings = settings or Settings()
     task = task if isinstance(task, Task) else load_task(task)
-    names = metric_names(task.regression)
-    metric = settings.metric or names[0]
-    if metric not in names:
-        raise unknown("metric", metric, names, "--metric")
+    metric = choosing_metric(task, settings)
     if settings.max_train is not None:
         task = limit_train(task, settings.max_train)
     notes = _Notes(log, task.notes)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with hugging_face_source(model) as source, torch.random.fork_rng(devices):
-        results = _run_seeds(source, task, settings, metric, notes, log)
+    results = _run_seeds(model, task, settings, metric, notes, log)
     for split in ("dev", "test"):
         notes.add(undefined_note(split, [getattr(result, split) for result in results]))
     untaught = baseline(task.splits["train"].labels, task.splits["test"].labels, task.regression)
@@ -85,6 +80,30 @@ def evaluate(
     }
 
 
+def dev_score(model: str | Path, task: Task, settings: Settings, log: Callable[[str], None] = _to_stderr) -> float:
+    """Fine-tune ``model`` as :func:`evaluate` does and return the choosing metric on dev, the mean over the seeds; test
+    is not looked at, so that models can be chosen by it."""
+    metric = choosing_metric(task, settings)
+    task = dataclasses.replace(task, splits={name: task.splits[name] for name in ("train", "dev")})
+    if settings.max_train is not None:
+        task = limit_train(task, settings.max_train)
+    results = _run_seeds(model, task, settings, metric, _Notes(log, task.notes), log)
+    return sum(result.dev.values[metric] for result in results) / len(results)
+
+
+def choosing_metric(task: Task, settings: Settings) -> str:
+    """Return the metric that chooses the epoch.
+
+    Raises:
+        UserError: if the settings name one of another kind of task.
+    """
+    names = metric_names(task.regression)
+    metric = settings.metric or names[0]
+    if metric not in names:
+        raise unknown("metric", metric, names, "--metric")
+    return metric
+
+
 class _Notes:
     """Sentences the user must not miss: told when they arise and kept for the result."""
 
@@ -100,6 +119,14 @@ class _Notes:
 
 
 def _run_seeds(
+    model: str | Path, task: Task, settings: Settings, metric: str, notes: _Notes, log: Callable[[str], None]
+) -> list[SeedResult]:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with hugging_face_source(model) as source, torch.random.fork_rng(devices):
+        return _run_source(source, task, settings, metric, notes, log)
+
+
+def _run_source(
     source: str, task: Task, settings: Settings, metric: str, notes: _Notes, log: Callable[[str], None]
 ) -> list[SeedResult]:
     tokenizer = load_tokenizer(source)

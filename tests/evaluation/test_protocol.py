@@ -10,6 +10,7 @@ from pretrain.data.tasks import load_task
 from pretrain.errors import UserError
 from pretrain.evaluation import Settings, evaluate
 from pretrain.evaluation.model import load_classifier
+from pretrain.evaluation.protocol import dev_score
 from tests.evaluation.conftest import BAD, GOOD, make_tokenizer, sentence, write_task
 
 QUICK = Settings(epochs=5, lr=5e-3, batch=16, max_length=24, seeds=2)
@@ -57,6 +58,12 @@ def test_the_test_labels_influence_nothing_but_the_test_scores(tiny_bert, sentim
             key: before[key] for key in ("epoch", "dev", "dev_by_epoch", "loss_by_epoch")
         }
         assert run["test"]["values"]["accuracy"] == pytest.approx(1 - before["test"]["values"]["accuracy"])
+
+
+def test_the_dev_score_is_that_of_the_evaluation_and_test_is_not_read(tiny_bert, sentiment, learnt):
+    task = load_task(sentiment)
+    blind = dataclasses.replace(task, splits={**task.splits, "test": None})
+    assert dev_score(tiny_bert, blind, QUICK, quiet) == pytest.approx(learnt["mean"]["dev"]["accuracy"], abs=1e-12)
 
 
 def test_the_second_text_of_a_pair_is_read(tiny_bert, tmp_path):
