@@ -64,8 +64,8 @@ def export(
 
 
 def write_facts(folder: Path, initialisation: str | None) -> None:
-    """Write what an export says of itself beside its card; ``initialisation`` is the fingerprint of the weights that its
-    backbone began with, None where it is not known."""
+    """Write what an export says of itself beside its card; ``initialisation`` is the fingerprint of the weights that
+    its backbone began with, None where it is not known."""
     facts = {"format_version": 1, "initialisation": initialisation, "program": f"medley {__version__}"}
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 

@@ -1,4 +1,5 @@
-"""Where training began: a fingerprint of the backbone's first weights, by which runs from one initialisation are known."""
+"""Where training began: a fingerprint of the backbone's first weights, by which runs of one initialisation are
+known."""
 
 import hashlib
 

@@ -139,8 +139,8 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
 
 
 def build_model(recipe: Recipe, vocabulary: Vocabulary, config, *, dtype: torch.dtype) -> MultiObjectiveModel:
-    """Build the model of a recipe around a Hugging Face ``config``, on the CPU in fp32, without the objectives' own data:
-    it computes, but is not trained."""
+    """Build the model of a recipe around a Hugging Face ``config``, on the CPU in fp32. Its objectives have not read
+    their own data, so it is not to be trained."""
     objectives = _objectives(recipe, vocabulary)
     return MultiObjectiveModel(_encoder(recipe, config, dtype), objectives)
 
