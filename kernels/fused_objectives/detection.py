@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from fused_objectives.backend import Configuration, jit, tl, uses_triton, without_autocast
 from fused_objectives.checks import FLOATING, INTEGER, check
@@ -122,6 +123,12 @@ def _(hidden, weight, bias, labels, segments, samples, sample_weights, token_wei
     return floats(), floats(samples), counts, floats(tokens), floats(tokens), *map(floats, slopes)
 
 
+@register_flop_formula(torch.ops.fused_objectives.detection)
+def _flops(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients, *_, **__):
+    """A product for the logits, and with gradients one for the weight's; hidden's is the backward pass's."""
+    return 2 * hidden[0] * hidden[1] * (2 if gradients else 1)
+
+
 def _remember(ctx, inputs, output):
     hidden, weight, bias = inputs[:3]
     ctx.mark_non_differentiable(*output[1:])
@@ -173,6 +180,12 @@ def _hidden_gradient(
 @_hidden_gradient.register_fake
 def _(upstream, slopes, weight, dtype, impl):
     return slopes.new_empty(len(slopes), len(weight), dtype=dtype)
+
+
+@register_flop_formula(torch.ops.fused_objectives.detection_hidden_gradient)
+def _hidden_gradient_flops(upstream, slopes, weight, *_, **__):
+    """An outer product."""
+    return 2 * slopes[0] * weight[0]
 
 
 def _detect_torch(hidden, weight, bias, labels, segments, samples, sample_weights, token_weights, gradients):
