@@ -98,8 +98,8 @@ class _ForwardFlops(TorchDispatchMode):
 
 @contextmanager
 def _without_gradients(model: torch.nn.Module) -> Iterator[None]:
-    """Let nothing ask for a gradient, so that nothing is kept for a backward pass, nor DeepSpeed prepared for one, though
-    gradients are on where they are in training."""
+    """Let nothing ask for a gradient, though gradients are on where they are in training: so nothing is kept for a
+    backward pass, nor DeepSpeed prepared for one."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     for parameter in trained:

@@ -19,6 +19,7 @@ from pretrain.training.engine import Engine
 from pretrain.training.flops import FlopCounter
 from pretrain.training.heldout import HeldoutProbe
 from pretrain.training.log import HELDOUT_START, RunLog, SilentLog
+from pretrain.training.passes import PassCounter
 from pretrain.training.probe import SamplerProbe
 from pretrain.training.record import StepFacts, add_sums
 from pretrain.training.saving import last_checkpoint, save
@@ -44,6 +45,7 @@ class Trainer:
         self.early = EarlyStopping(parts, engine)
         self.weighing = Weighing(parts, engine)
         self.flops = FlopCounter(parts, engine)
+        self.passes = PassCounter(parts.model)
         self.log: RunLog | SilentLog = SilentLog()
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
         self.stopping = False
@@ -73,6 +75,7 @@ class Trainer:
         scales = self.loss_scales(plan, targets)
 
         self.engine.begin_step()
+        self.passes.restart()
         weighed = Weighed()
         if self.sampler.wish(self.step) is Wish.STEP:
             sums, lesson = accumulate_apart(self, views, plan, targets)
@@ -96,6 +99,7 @@ class Trainer:
             "weigher": weighed.told,
             "tokens_seen": self.tokens,
             "skipped": self.skipped,
+            "passes": self.passes.a_micro_step(len(views)),
             "mfu": self.flops.utilisation(plan, batch.tokens, seconds),
         }
 

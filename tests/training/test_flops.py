@@ -72,7 +72,7 @@ def test_electra_takes_generator_and_discriminator_and_what_is_not_trained_count
 
 @pytest.mark.parametrize("name", ["mlm", "clm", "rtd", "std", "itd"])
 def test_the_count_is_that_of_torch_over_forward_and_backward(batch, name):
-    """``clm`` shares mlm's head; torch has no formula for the CPU's own attention, and recomputes what is checkpointed."""
+    """torch has no formula for the CPU's own attention, and counts what is recomputed."""
     model = model_of(GENERATED | {"mlm": {}, "clm": {}, "std": {}})
     view = model.objectives[name].corrupt(batch, 0.0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

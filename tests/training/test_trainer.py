@@ -47,7 +47,7 @@ def test_metrics_have_the_documented_fields_for_every_step(whole_run):
     records = metrics(whole_run)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     fields = {"step", "loss", "losses", "plan", "probabilities", "effective_sample_size", "lr", "grad_norm", "tokens"}
-    fields |= {"samples", "sample_ids_sha256", "seconds", "tokens_per_second", "mfu"}
+    fields |= {"samples", "sample_ids_sha256", "seconds", "tokens_per_second", "passes", "mfu"}
     assert all(fields <= set(record) for record in records)
     assert all(
         record["loss"] == pytest.approx(sum(record["plan"][n] * record["losses"][n] for n in record["plan"]))
