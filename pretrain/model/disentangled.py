@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pretrain.errors import UserError
+
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -52,3 +54,14 @@ def folded(model: Model) -> Model:
     twin.set_input_embeddings(embedding.folded())
     twin.tie_weights()
     return twin
+
+
+def check_vocabulary_head(model: PreTrainedModel) -> None:
+    """Raise :class:`UserError` if a vocabulary head that is to be trained is tied to a disentangled embedding, whose
+    matrix E_G + E_Δ is nowhere."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, DisentangledEmbedding) and model.get_output_embeddings().weight is embedding.common.weight:
+        raise UserError(
+            "objectives.rtd.generator.embeddings: 'disentangled' leaves no matrix that a vocabulary head (mlm, clm) "
+            "could be tied to; set it to shared or separate, or model.overrides.tie_word_embeddings to false"
+        )

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pretrain.errors import UserError
+from pretrain.model.disentangled import check_vocabulary_head
 from pretrain.model.encoder import Encoder
 from pretrain.model.encoder_decoder import EncoderDecoder
 from pretrain.objectives.base import REGISTRY, Objective, TermLoss, View
@@ -38,6 +39,8 @@ class MultiObjectiveModel(nn.Module):
             if missing:
                 built = objective.build_heads(encoder)
                 self.heads.update({name: built[name] for name in objective.heads if name in missing})
+        if "vocabulary" in self.heads:
+            check_vocabulary_head(encoder.pretrained)
         for objective in objectives.values():
             for head, reason in objective.borrows.items():
                 if head not in self.heads:
