@@ -19,6 +19,7 @@ COMMANDS = {
     "influence": ("pretrain.influence.report", "draw what a run's weigher saw: scores, weights, samples"),
     "evaluate": ("pretrain.evaluation.command", "fine-tune a model on an end task over several seeds"),
     "export": ("pretrain.export", "turn a checkpoint into a Hugging Face folder"),
+    "soup": ("pretrain.courses.command", "average models of one initialisation"),
     "report": ("pretrain.report", "print a run's table: losses at start and end, speed, end-task scores"),
     "bench": ("pretrain.bench", "measure the fused ops against their floors and their peers"),
     "doctor": ("pretrain.doctor", "say what this machine has, what works, and how to mend what does not"),
