@@ -15,6 +15,7 @@ from pretrain.data.output import whole_folder
 from pretrain.data.tokenization import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.classifier import sequence_classifier
+from pretrain.model.disentangled import folded
 from pretrain.model.encoder_decoder import EncoderDecoder
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.model.vocabulary import Vocabulary
@@ -111,28 +112,42 @@ def _choose(model: MultiObjectiveModel, kind: str) -> PreTrainedModel:
     trained, family = ", ".join(model.objectives), model.encoder.config.model_type
     if isinstance(model.encoder, EncoderDecoder) != (kind == "seq2seq-lm"):
         raise UserError(f"--as {kind}: the run trained none ({trained} on '{family}')")
+    pretrained = folded(model.encoder.pretrained)
     if kind == "seq2seq-lm":
-        return model.encoder.pretrained
+        return pretrained
     if kind in ("masked-lm", "causal-lm"):
         if "vocabulary" not in model.heads or model.encoder.causal_only != (kind == "causal-lm"):
             raise UserError(f"--as {kind}: the run trained none ({trained} on '{family}')")
-        return model.encoder.pretrained
+        return pretrained
     if kind == "generator":
         if "generator" not in model.heads:
             raise UserError(f"--as generator: the run trained none ({trained})")
         return model.heads["generator"].encoder.pretrained
     if kind == "discriminator":
-        if "detection" not in model.heads or family != "electra":
-            raise UserError(f"--as discriminator: needs 'rtd' on the family 'electra' ({trained} on '{family}')")
-        discriminator = ElectraForPreTraining(model.encoder.config)
-        discriminator.electra = model.encoder.backbone
-        discriminator.discriminator_predictions.load_state_dict(model.heads["detection"].state_dict())
-        return discriminator
+        return _discriminator(model, pretrained.base_model)
     if kind == "sequence-classification":
         if "end_task" not in model.heads or model.objectives["end_task"].config.pooling != "first":
             raise UserError(f"--as {kind}: needs 'end_task' on the first token ({trained})")
         return sequence_classifier(model.encoder, model.heads["end_task"])
-    return model.encoder.backbone
+    return pretrained.base_model
+
+
+def _discriminator(model: MultiObjectiveModel, backbone: PreTrainedModel) -> ElectraForPreTraining:
+    """Return a backbone with the head that tells replaced tokens from the originals."""
+    trained, family = ", ".join(model.objectives), backbone.config.model_type
+    if "detection" not in model.heads:
+        raise UserError(
+            f"--as discriminator: its head is that of 'rtd', which the run did not train ({trained}); "
+            "--as backbone leaves heads out"
+        )
+    if family != "electra":
+        raise UserError(
+            f"--as discriminator: transformers has one for the family 'electra' alone; the run is of '{family}'"
+        )
+    discriminator = ElectraForPreTraining(backbone.config)
+    discriminator.electra = backbone
+    discriminator.discriminator_predictions.load_state_dict(model.heads["detection"].state_dict())
+    return discriminator
 
 
 def model_card(folder: Path, manifest: dict, recipe: Recipe, model: PreTrainedModel) -> str:

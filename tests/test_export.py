@@ -5,14 +5,22 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, ElectraForPreTraining
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
+    ElectraModel,
+)
 
-from fused_objectives.targets import IGNORED
+from fused_objectives.targets import IGNORED, compact
 from pretrain.errors import UserError
 from pretrain.export import export, load_model
 from pretrain.model.attention import Layout
 from pretrain.model.vocabulary import Vocabulary
-from pretrain.recipe import load_recipe
+from pretrain.recipe import load_recipe, recipe_from
 from pretrain.training.build import build
 from tests.training.runs import metrics, recipe, train, write_corpus
 
@@ -90,17 +98,67 @@ def test_masked_lm_exports_give_the_training_models_logits(corpus, tmp_path, fam
         torch.testing.assert_close(exported(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def test_electra_exports_as_discriminator_generator_and_backbone(corpus, tmp_path):
-    document = recipe(corpus, tmp_path / "run", objectives={"rtd": {}}, sampler={})
+def electra(corpus, run, **changes) -> dict:
+    """Return the recipe of a small ELECTRA whose embeddings are narrower than its hidden states."""
+    document = recipe(corpus, run, sampler={}, training__steps=3, heldout={"rows": 4}, **changes)
     document["model"] |= {"family": "electra"}
-    document["model"]["overrides"]["embedding_size"] = 32
+    document["model"]["overrides"]["embedding_size"] = 24
+    return document
+
+
+GENERATORS = [
+    {"depth": 0.5, "embeddings": "shared"},
+    {"width": 0.5, "embeddings": "shared"},
+    {"width": 0.5, "embeddings": "separate"},
+    {"depth": 0.5, "embeddings": "disentangled"},
+    {"width": 0.5, "depth": 1.0, "embeddings": "disentangled"},
+]
+
+
+@pytest.mark.parametrize("generator", GENERATORS, ids=lambda keys: "-".join(map(str, keys.values())))
+@torch.no_grad()
+def test_electra_exports_as_discriminator_generator_and_backbone(corpus, tmp_path, generator):
+    run = tmp_path / "run"
+    document = electra(corpus, run, objectives={"rtd": {"generator": generator}})
+    document["training"]["optimizer"]["learning_rate"] = 0.03  # so that what is trained apart comes apart
     assert train(document)[0] == 0
-    folders = {kind: export(tmp_path / "run", tmp_path / str(kind), kind) for kind in (None, "generator", "backbone")}
-    discriminator, info = ElectraForPreTraining.from_pretrained(folders[None], output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    run.joinpath("checkpoints", "step-00000003").rename(run / LAST)
+    classes = {None: ElectraForPreTraining, "generator": AutoModelForMaskedLM, "backbone": AutoModel}
+    exported = {}
+    for kind, auto in classes.items():
+        folder = export(run, tmp_path / str(kind), kind)
+        exported[kind], info = auto.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        exported[kind].eval()
+    assert type(exported["generator"]) is ElectraForMaskedLM
+    training, views = heldout_views(run, "rtd")
+    embeddings = [
+        each.backbone.get_input_embeddings() for each in (training.encoder, training.heads["generator"].encoder)
+    ]
+    if generator["embeddings"] == "disentangled":
+        assert embeddings[0].common is embeddings[1] and embeddings[0].delta.weight.abs().max() > 0.01
+    view = views[0]
+    layout, everywhere = Layout(view.batch), compact(torch.ones(view.tokens.numel(), dtype=torch.bool))
+    hidden = training.encoder(view.tokens, layout)
+    detection = training.heads["detection"](hidden)[..., 0]
+    logits = training.heads["generator"](view.tokens, layout, everywhere).view(*view.tokens.shape, -1)
+    backbone = AutoModel.from_pretrained(tmp_path / "None").eval()  # the discriminator's folder
+    for tokens, states, detected, guesses in rows_of(view, view.tokens, hidden, detection, logits):
+        same = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(exported[None](input_ids=tokens).logits, detected, **same)
+        torch.testing.assert_close(exported["generator"](input_ids=tokens).logits, guesses, **same)
+        for each in (exported["backbone"], backbone):
+            torch.testing.assert_close(each(input_ids=tokens).last_hidden_state, states, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_electras_exports_have_the_losses_that_were_measured(corpus, tmp_path):
+    objectives = {"rtd": {"generator": {"embeddings": "disentangled"}}}
+    assert train(electra(corpus, tmp_path / "run", objectives=objectives))[0] == 0
+    tmp_path.joinpath("run", "checkpoints", "step-00000003").rename(tmp_path / "run" / LAST)
+    folders = {kind: export(tmp_path / "run", tmp_path / kind, kind) for kind in ("discriminator", "generator")}
+    discriminator = ElectraForPreTraining.from_pretrained(folders["discriminator"]).eval()
     generator = AutoModelForMaskedLM.from_pretrained(folders["generator"]).eval()
-    discriminator.eval()
     training, views = heldout_views(tmp_path / "run", "rtd")
     read = []  # what the discriminator reads: originals with the generator's samples
     training.encoder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
@@ -117,10 +175,31 @@ def test_electra_exports_as_discriminator_generator_and_backbone(corpus, tmp_pat
             targets, places = targets + int(masked.sum()), places + target.numel()
     measured = metrics(tmp_path / "run")[-1]["heldout"]["rtd"]
     assert generator_loss / targets + 50 * detection_loss / places == pytest.approx(measured, rel=1e-4)
-    backbone = AutoModel.from_pretrained(folders["backbone"]).eval()
-    tokens = views[0].batch.tokens[:1, :7]
-    hidden = discriminator.electra(input_ids=tokens).last_hidden_state
-    torch.testing.assert_close(backbone(input_ids=tokens).last_hidden_state, hidden)
+
+
+def test_a_run_goes_on_from_an_exported_discriminator_with_disentangled_embeddings(corpus, tmp_path):
+    objectives = {"rtd": {"generator": {"embeddings": "disentangled"}}}
+    assert train(electra(corpus, tmp_path / "run", objectives=objectives))[0] == 0
+    folder = export(tmp_path / "run", tmp_path / "export", "discriminator")
+    weights = AutoModel.from_pretrained(folder).get_input_embeddings().weight
+    document = electra(corpus, tmp_path / "next", objectives=objectives)
+    document["model"] = {"checkpoint": str(folder)}
+    assert train(document)[0] == 0
+    again = recipe_from(document, "test")
+    embedding = build(again, dtype=torch.float32).model.encoder.backbone.get_input_embeddings()
+    assert torch.equal(embedding.common.weight, weights) and not embedding.delta.weight.any()
+
+
+def test_a_discriminator_without_its_head_or_family_is_refused(corpus, tmp_path):
+    assert train(electra(corpus, tmp_path / "std", objectives={"std": {}, "itd": {}}))[0] == 0
+    reason = r"--as discriminator: its head is that of 'rtd', which the run did not train \(std, itd\)"
+    with pytest.raises(UserError, match=reason):
+        export(tmp_path / "std", tmp_path / "out", "discriminator")
+    assert type(AutoModel.from_pretrained(export(tmp_path / "std", tmp_path / "out"))) is ElectraModel
+    document = recipe(corpus, tmp_path / "bert", objectives={"rtd": {}}, sampler={}, training__steps=1)
+    assert train(document)[0] == 0
+    with pytest.raises(UserError, match=r"--as discriminator: .*'electra' alone; the run is of 'bert'"):
+        export(tmp_path / "bert", tmp_path / "other", "discriminator")
 
 
 @torch.no_grad()

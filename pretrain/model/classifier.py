@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from pretrain.data.batch import Batch
 from pretrain.errors import UserError
 from pretrain.model.attention import Layout
+from pretrain.model.disentangled import folded
 from pretrain.model.encoder import Encoder
 
 
@@ -33,7 +34,8 @@ def sequence_classifier(encoder: Encoder, head: nn.Module) -> PreTrainedModel:
         dense, out_proj = pooler.dense, classifier
     else:
         raise refusal
-    model.base_model.load_state_dict(encoder.backbone.state_dict(), strict=False)  # all but the pooler
+    backbone = folded(encoder.pretrained).base_model
+    model.base_model.load_state_dict(backbone.state_dict(), strict=False)  # all but the pooler
     dense.load_state_dict(head.dense.state_dict())
     sd, mean = config.label_sd, config.label_mean
     out_proj.load_state_dict({"weight": head.out_proj.weight * sd, "bias": head.out_proj.bias * sd + mean})
