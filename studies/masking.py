@@ -45,6 +45,7 @@ from studies.cloze_models import (  # noqa: E402
 )
 from studies.command import exit_code, names, say, settings_of  # noqa: E402
 from studies.mask_arms import ARMS, Workplace, make_annotation  # noqa: E402
+from studies.models import save_model  # noqa: E402
 
 AGAINST = "random"
 PASSAGE_TOKENS = 64
@@ -192,8 +193,7 @@ def _base(at: Workplace, settings: Settings) -> dict[str, torch.Tensor]:
     if not file.is_file():
         parts = build_parts(recipe_of(at.corpus, settings, 0, 0, {"rate": settings.rate}))
         say(f"pre-trained: loss {pretrain(parts, settings.base_steps, settings.base_lr):.3f}")
-        parts.model.encoder.pretrained.save_pretrained(at.base)
-        parts.tokenizer.save_pretrained(at.base)
+        save_model(parts, at.base)
         torch.save(parts.model.state_dict(), file)
     return torch.load(file, weights_only=True)
 

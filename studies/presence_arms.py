@@ -21,6 +21,7 @@ from pretrain.influence.sample_log import read_sample_log
 from pretrain.recipe import Recipe, recipe_from
 from pretrain.training.trainer import Trainer
 from studies.cloze_models import OBJECTIVE, SHALLOW
+from studies.models import save_model
 from studies.planting import TROUBLES, kinds_of
 
 DS_CONFIG = Path(__file__).parents[1] / "configs" / "ds" / "zero0.json"
@@ -117,7 +118,7 @@ def pretrain_base(corpus: Path, out: Path, settings: Settings) -> float:
         for _ in range(settings.base_steps):
             trainer.train_step()
         loss = trainer.heldout.losses()[OBJECTIVE]
-        _save(trainer, partial)
+        save_model(trainer.parts, partial)
         trainer.engine.close()
         shutil.rmtree(partial / "run")
     return loss
@@ -157,7 +158,7 @@ def run_arm(arm: str, budget: str, seed: int, ratio: float, at: Place, settings:
         if scorer and step in due:
             detection.append({"fraction": due[step], "step": step, **scorer.aurocs()})
     heldout = trainer.heldout.losses()[OBJECTIVE]
-    _save(trainer, run / "export")
+    save_model(trainer.parts, run / "export")
     trainer.engine.close()
     tuned = _end_task(run / "export", seed, at, settings)
     record = {
@@ -196,11 +197,6 @@ def _recipe(at: Place, settings: Settings, seed: int, weigher: dict, steps: int,
         "log": {"interval_steps": max(1, steps // LOGGED_STEPS)},
     }
     return recipe_from(document, "study")
-
-
-def _save(trainer: Trainer, folder: Path) -> None:
-    trainer.parts.model.encoder.pretrained.save_pretrained(folder)
-    trainer.parts.tokenizer.save_pretrained(folder)
 
 
 class _Scorer:
