@@ -1,6 +1,7 @@
 """One module for all objectives: the backbone, every head, and the one place where losses are reduced."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,19 +33,18 @@ class MultiObjectiveModel(nn.Module):
         self.encoder = encoder
         self.objectives = objectives
         self.heads = nn.ModuleDict()
+        self.left: dict[str, Any] = {}
+        """What objectives leave for those that follow them in a forward pass."""
         for objective in objectives.values():
             _check_kind(objective, encoder)
             objective.check(encoder)
+            objective.meet(objectives)
             missing = set(objective.heads) - set(self.heads)
             if missing:
                 built = objective.build_heads(encoder)
-                self.heads.update({name: built[name] for name in objective.heads if name in missing})
+                self.heads.update({name: built[name] for name in objective.heads if name in missing & built.keys()})
         if "vocabulary" in self.heads:
             check_vocabulary_head(encoder.pretrained)
-        for objective in objectives.values():
-            for head, reason in objective.borrows.items():
-                if head not in self.heads:
-                    raise UserError(reason)
 
     def components(self) -> dict[str, list[nn.Parameter]]:
         """Return component → parameters: ``backbone``, then every head without what it shares with those before it."""
@@ -77,15 +77,17 @@ class MultiObjectiveModel(nn.Module):
 
         Returns:
             the micro-step's part of the step's loss, a scalar, and term → ``[S]`` float32, each sample's sum of losses,
-            detached.
+            detached; or what objectives count in the forward pass.
 
         The loss is Σ over terms of scale × Σ over samples of weight × sum: added over all ranks and micro-steps it is
         the weighted mean over the step's global count.
         """
         losses: dict[str, TermLoss] = {}
-        for name, view in views.items():
-            losses |= (judges or self.objectives)[name].loss(self, view, (weights or {}).get(name))
-        loss = sum(scales[term] * term_loss.total for term, term_loss in losses.items())
+        computing = judges or self.objectives
+        for name in sorted(views, key=lambda name: computing[name].follows):
+            losses |= computing[name].loss(self, views[name], (weights or {}).get(name))
+        self.left.clear()
+        loss = sum(scales[term] * each.total for term, each in losses.items() if each.total is not None)
         return loss, {term: term_loss.sums for term, term_loss in losses.items()}
 
 

@@ -1,6 +1,7 @@
 """Objectives: what the model is trained to do. One file a family; every file registers its own."""
 
-from pretrain.objectives import (  # noqa: F401  (registration)
+from pretrain.courses import correction  # noqa: F401  (registration)
+from pretrain.objectives import (  # noqa: F401
     clm,
     cse,
     denoise,

@@ -7,6 +7,7 @@ To add an objective: copy the shortest file here, give the class a ``name`` and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -49,12 +50,17 @@ class LabelledView(View):
 
 
 class TermLoss(NamedTuple):
-    """The loss of one term of an objective."""
+    """The loss of one term of an objective; or, without total, a number that the forward pass counts."""
 
-    total: torch.Tensor
+    total: torch.Tensor | None
     """Scalar: Σ over samples of weight × sum; what the gradient is taken of."""
     sums: torch.Tensor
     """``[S]`` float32, detached: the sum of losses over each sample's targets, not weighted."""
+
+    @staticmethod
+    def counted(places: torch.Tensor, batch: Batch) -> TermLoss:
+        """Return how many of the ``places [rows, length]`` bool each sample has."""
+        return TermLoss(None, batch.sum_per_sample(places.float()))
 
 
 class Objective(ABC):
@@ -76,6 +82,9 @@ class Objective(ABC):
     """Whether the loss means nothing without dropout, so that dropout stays on when it is evaluated."""
     couples_samples: ClassVar[bool] = False
     """Whether samples decide each other's losses, so that none has a gradient of its own."""
+    follows: ClassVar[bool] = False
+    """Whether it takes up what others leave it in :attr:`MultiObjectiveModel.left` in the same forward pass, and comes
+    after them."""
     rows_are_units: ClassVar[bool] = False
     """Whether rows decide what is trained, not samples: a sample's part then depends on the samples it shares its row
     with."""
@@ -89,8 +98,9 @@ class Objective(ABC):
         return {self.name: 1.0}
 
     @property
-    def borrows(self) -> dict[str, str]:
-        """Heads that this objective uses and another of the recipe must train → what is said if none does."""
+    def fractions(self) -> dict[str, str]:
+        """What is logged as a fraction: a tally, or a number that the forward pass counts → the term of whose targets
+        it counts some."""
         return {}
 
     @property
@@ -121,9 +131,14 @@ class Objective(ABC):
         """Raise :class:`UserError` if the objective cannot be trained on this backbone; else note what corruption needs
         to know of it."""
 
+    def meet(self, others: Mapping[str, Objective]) -> None:  # noqa: B027  (most need no other)
+        """Take note of the recipe's objectives, this one among them; raise :class:`UserError` if one is missing that
+        this one builds on."""
+
     @abstractmethod
     def build_heads(self, encoder: Encoder) -> dict[str, nn.Module]:
-        """Build the components named in :attr:`heads`; a component that another objective built already is shared."""
+        """Build the components named in :attr:`heads`, but for those that another must build, as :meth:`meet` asks; a
+        component that another objective built already is shared."""
 
     @abstractmethod
     def corrupt(self, batch: Batch, progress: float) -> View:
@@ -136,7 +151,8 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: MultiObjectiveModel, view: View, weights: torch.Tensor | None = None) -> dict[str, TermLoss]:
-        """Return term → loss; ``weights [S]`` float32 are the samples', None means 1."""
+        """Return term → loss, and tally → what the forward pass counts; ``weights [S]`` float32 are the samples', None
+        means 1."""
 
 
 REGISTRY: dict[str, type[Objective]] = {}

@@ -1,7 +1,9 @@
 """What objectives have in common that ask of every token whether it was tampered with."""
 
+from collections.abc import Mapping
+
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from pretrain.config import Config, Scheduled, ScheduledFraction
@@ -19,6 +21,8 @@ class DetectionConfig(Config):
 
     rate: ScheduledFraction = Scheduled(start=0.15)
     """Expected fraction of tokens, or of gaps between them, that are tampered with."""
+    discriminator_weight: float = Field(1.0, gt=0)
+    """λ: factor on the loss."""
 
     @model_validator(mode="after")
     def _tampers(self):
@@ -32,6 +36,14 @@ class TokenDetection(Objective):
 
     The tally ``NAME/positives`` counts the tokens with label 1, of all those that the term counts.
     """
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return {self.name: self.config.discriminator_weight}
+
+    @property
+    def fractions(self) -> dict[str, str]:
+        return {f"{self.name}/positives": self.name}
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -54,9 +66,15 @@ class TokenDetection(Objective):
 
     def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
         layout = Layout(view.batch, implementation=model.encoder.attention)
-        return self.detect(model, view, view.tokens, layout, weights)
+        return {self.name: self.detect(model, view, view.tokens, layout, weights)}
 
-    def detect(self, model, view, tokens, layout, weights) -> dict[str, TermLoss]:
+    def detect(self, model, view, tokens, layout, weights) -> TermLoss:
         """Return the loss on what the backbone reads, ``tokens``."""
         hidden, head = model.encoder(tokens, layout), model.heads[f"{self.name}_detection"]
-        return {self.name: token_detection_loss(head, hidden, view.labels, view.batch, weights, self.impl)}
+        return token_detection_loss(head, hidden, view.labels, view.batch, weights, self.impl)[0]
+
+
+def check_generator(objectives: Mapping[str, Objective], key: str, otherwise: str) -> None:
+    """Raise :class:`UserError` on behalf of a recipe's ``key`` if none of its objectives trains a generator."""
+    if not any("generator" in each.heads for each in objectives.values()):
+        raise UserError(f"{key}: no objective of the recipe trains a generator; add rtd, or {otherwise}")

@@ -2,6 +2,7 @@
 sample's own."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -14,8 +15,8 @@ from pretrain.data.batch import Batch
 from pretrain.errors import UserError
 from pretrain.model.attention import Layout
 from pretrain.model.encoder import Encoder
-from pretrain.objectives.base import TermLoss, View, register
-from pretrain.objectives.detection import DetectionConfig, TokenDetection
+from pretrain.objectives.base import Objective, TermLoss, View, register
+from pretrain.objectives.detection import DetectionConfig, TokenDetection, check_generator
 from pretrain.objectives.losses import generator_loss
 from pretrain.objectives.unigram import draw_unigram
 
@@ -48,10 +49,9 @@ class InsertedTokenDetection(TokenDetection):
             )
         self.longest: int | None = None
 
-    @property
-    def borrows(self) -> dict[str, str]:
-        reason = "objectives.itd.source: no objective of the recipe trains a generator; add rtd, or set it to unigram"
-        return {"generator": reason} if self.generates else {}
+    def meet(self, others: Mapping[str, Objective]) -> None:
+        if self.generates:
+            check_generator(others, "objectives.itd.source", "set it to unigram")
 
     def check(self, encoder: Encoder) -> None:
         super().check(encoder)
@@ -107,7 +107,7 @@ class InsertedTokenDetection(TokenDetection):
         layout = Layout(view.batch, implementation=model.encoder.attention)
         drawn, overflow = self._generate(model.heads["generator"], view, layout)
         tokens = replace_tokens(view.tokens, view.batch.segment_ids, *drawn, impl=self.impl).tokens
-        (term,) = self.detect(model, view, tokens, layout, weights).values()
+        term = self.detect(model, view, tokens, layout, weights)
         return {self.name: term._replace(total=term.total + overflow)}
 
     @torch.no_grad()

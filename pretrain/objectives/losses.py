@@ -56,8 +56,9 @@ def token_detection_loss(
     batch: Batch,
     weights: torch.Tensor | None,
     impl: str,
-) -> TermLoss:
-    """Return the binary cross entropies of all tokens of a batch.
+    token_weights: torch.Tensor | None = None,
+) -> tuple[TermLoss, torch.Tensor]:
+    """Return the binary cross entropies of all tokens of a batch, and what the head says of them.
 
     Args:
         head: :class:`pretrain.model.detection_head.DetectionHead`.
@@ -66,14 +67,21 @@ def token_detection_loss(
         batch: which sample every token belongs to.
         weights: ``[S]`` float32 or None, the samples' weights.
         impl: which implementation the op takes.
+        token_weights: ``[rows, length]`` float32 or None, factors on the tokens' losses.
+
+    Returns:
+        the loss, and ``[rows, length]`` bool: tokens that the head takes for tampered with.
     """
     places = compact(batch.real.reshape(-1))
     labels = places.take(labels.reshape(-1), padding=IGNORED)
     segments = places.take(batch.segment_ids.reshape(-1), padding=-1)
-    score = DetectionScore(labels, segments, len(batch.sample_ids), weights, impl)
+    if token_weights is not None:
+        token_weights = places.take(token_weights.reshape(-1))
+    score = DetectionScore(labels, segments, len(batch.sample_ids), weights, impl, token_weights)
     with rows_of(segments):
         loss = head(places.take(hidden.flatten(0, 1)), score)
-    return TermLoss(loss.total, loss.sums)
+    accused = torch.cat([loss.logits > 0, loss.logits.new_zeros(1, dtype=torch.bool)])[places.slots]  # −1 is the last
+    return TermLoss(loss.total, loss.sums), accused.view_as(batch.tokens)
 
 
 def generator_loss(

@@ -1,6 +1,6 @@
 """Replaced token detection (ELECTRA, arXiv 2003.10555): tell a generator's guesses from the original tokens."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -60,6 +60,17 @@ class RTDConfig(Config):
         return self
 
 
+class Round(NamedTuple):
+    """What generator and discriminator did with a micro-batch, ``[rows, length]`` each."""
+
+    tokens: torch.Tensor
+    """int64: what the discriminator read."""
+    replaced: torch.Tensor
+    """bool: where that is not the original."""
+    accused: torch.Tensor
+    """bool: where the discriminator said so."""
+
+
 @register
 class ReplacedTokenDetection(Objective):
     """Generator: cross entropy at masked places. Discriminator: binary cross entropy at every token of a sample.
@@ -85,6 +96,10 @@ class ReplacedTokenDetection(Objective):
         if not self.generates:
             return {"rtd/discriminator": 1.0}
         return {"rtd/generator": 1.0, "rtd/discriminator": self.config.discriminator_weight}
+
+    @property
+    def fractions(self) -> dict[str, str]:
+        return {"rtd/positives": "rtd/discriminator"}
 
     @property
     def annotations(self) -> dict[str, str]:
@@ -123,6 +138,11 @@ class ReplacedTokenDetection(Objective):
         return {"rtd/masked_at_random": samples} if self.annotations else {}
 
     def loss(self, model, view, weights=None) -> dict[str, TermLoss]:
+        losses, model.left[self.name] = self.play(model, view, weights)
+        return losses
+
+    def play(self, model, view, weights=None) -> tuple[dict[str, TermLoss], Round]:
+        """Return what :meth:`loss` does, and what generator and discriminator did."""
         batch, encoder, losses = view.batch, model.encoder, {}
         layout = Layout(batch, implementation=encoder.attention)
         tokens, labels = view.tokens, view.labels
@@ -132,7 +152,8 @@ class ReplacedTokenDetection(Objective):
             )
             # A generator that hits the original leaves the label "original".
             tokens, labels = replace_tokens(batch.tokens, batch.segment_ids, *drawn, impl=self.impl)
-        hidden = encoder(tokens, layout)
-        head = model.heads["detection"]
-        losses["rtd/discriminator"] = token_detection_loss(head, hidden, labels, batch, weights, self.impl)
-        return losses
+            losses["rtd/positives"] = TermLoss.counted(labels == 1, batch)
+        hidden, head = encoder(tokens, layout), model.heads["detection"]
+        detected = token_detection_loss(head, hidden, labels, batch, weights, self.impl)
+        losses["rtd/discriminator"], accused = detected
+        return losses, Round(tokens, labels == 1, accused)

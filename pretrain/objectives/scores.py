@@ -67,13 +67,19 @@ class SamplingScore(CrossEntropyScore):
 class DetectionScore(_Score):
     """The binary cross entropy of the labels, 0 and 1, of a layer with one output."""
 
+    token_weights: torch.Tensor | None = None
+    """``[K]`` float32, factors on the rows' losses; None means 1."""
+
     def __call__(self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Detection:
         """Return the loss."""
         targets = self.labels, self.segments, self.samples
-        options = {"bias": bias, "sample_weights": self.weights, "impl": self.impl}
+        weights = {"sample_weights": self.weights, "token_weights": self.token_weights}
+        options = {"bias": bias, **weights, "impl": self.impl}
         return detection_loss(features, weight[0], *targets, **options)
 
     def slopes(self, loss: Detection) -> torch.Tensor:
         """Return the derivatives of the total by the logits, ``[K]`` float32."""
         slopes = torch.where(self.labels == IGNORED, 0.0, torch.sigmoid(loss.logits) - self.labels)
+        if self.token_weights is not None:
+            slopes = slopes * self.token_weights
         return slopes if self.weights is None else slopes * per_token(self.weights, self.segments)

@@ -38,8 +38,8 @@ def heldout_losses(
         totals = {term: torch.zeros(2, device=engine.device) for term in objective.terms}
         for view in judged(engine, objective, micro_batches):
             _, sums = engine({name: view}, dict.fromkeys(objective.terms, 0.0))
-            for term, per_sample in sums.items():
-                totals[term] += torch.stack([per_sample.sum(), view.counts[term].sum()])
+            for term, total in totals.items():
+                total += torch.stack([sums[term].sum(), view.counts[term].sum()])
         reduced = engine.all_reduce(torch.stack(list(totals.values())))
         means = (reduced[:, 0] / reduced[:, 1].clamp(min=1)).tolist()
         results[name] = sum(weight * mean for weight, mean in zip(objective.terms.values(), means, strict=True))

@@ -55,7 +55,7 @@ def weigh_micro_batches(
         engine.backward(loss)
         gradients.append(engine.gradient())
         add_sums(sums, of_samples)
-        own[1, number] = sum(scales[term] * per_sample.sum() for term, per_sample in of_samples.items())
+        own[1, number] = sum(scale * of_samples[term].sum() for term, scale in scales.items())
         own[0, number] = sum(counts.sum() for view in micro_views.values() for counts in view.counts.values())
 
     halves = 2 if weigher.config.signal == "split" else 1

@@ -22,7 +22,7 @@ class StepFacts:
     tallies: dict[str, float]
     """What else the objectives counted in the global batch."""
     sums: dict[str, float]
-    """Term → sum of losses over the global batch."""
+    """Term → sum of losses over the global batch; and what the forward pass counted there."""
     learning_rate: float
     grad_norm: float | None
     """Global norm before clipping, None if the step was skipped."""
@@ -33,7 +33,17 @@ class StepFacts:
     @property
     def means(self) -> dict[str, float]:
         """Term → mean loss a target."""
-        return {term: total / max(self.targets[term], 1.0) for term, total in self.sums.items()}
+        return {term: self.sums[term] / max(count, 1.0) for term, count in self.targets.items()}
+
+    @property
+    def counted(self) -> dict[str, float]:
+        """All tallies, before and in the forward pass."""
+        return self.tallies | {name: number for name, number in self.sums.items() if name not in self.targets}
+
+    def fractions(self, objectives: dict[str, Objective]) -> dict[str, float]:
+        """Return tally → its part of the targets, for those of the plan that are logged so."""
+        wanted = {tally: term for name in self.plan for tally, term in objectives[name].fractions.items()}
+        return {tally: self.counted[tally] / max(self.targets[term], 1.0) for tally, term in wanted.items()}
 
     def losses(self, objectives: dict[str, Objective]) -> dict[str, float]:
         """Return objective → loss: the weighted sum of its terms' means."""
@@ -50,7 +60,8 @@ class StepFacts:
             "losses": losses,
             "terms": self.means,
             "targets": {term: int(count) for term, count in self.targets.items()},
-            "tallies": {name: int(number) for name, number in self.tallies.items()},
+            "tallies": {name: int(number) for name, number in self.counted.items()},
+            "fractions": self.fractions(objectives),
             "plan": self.plan,
             "probabilities": self.probabilities,
             "effective_sample_size": self.effective_sample_size,
@@ -65,6 +76,6 @@ class StepFacts:
 
 
 def add_sums(sums: dict[str, torch.Tensor], of_samples: dict[str, torch.Tensor]) -> None:
-    """Add the losses of a micro-step's samples, term → ``[S]``, to the sums, term → ``[]``."""
+    """Add the losses of a micro-step's samples, term → ``[S]``, to the sums, term → ``[]``; and what was counted."""
     for term, per_sample in of_samples.items():
-        sums[term] = sums[term] + per_sample.sum()
+        sums[term] = sums.get(term, 0.0) + per_sample.sum()

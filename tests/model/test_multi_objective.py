@@ -88,7 +88,7 @@ def test_the_loss_is_the_scaled_and_weighted_sum_of_the_samples_sums():
     scales = {"mlm": 0.3, "rtd/generator": 2.0, "rtd/discriminator": 0.07}
     weights = torch.rand(len(batch.sample_ids))
     loss, sums = model(views, scales, dict.fromkeys(views, weights))
-    assert set(sums) == set(scales)
+    assert set(sums) == {*scales, "rtd/positives"}
     assert all(
         total.shape == (7,) and total.dtype == torch.float32 and not total.requires_grad for total in sums.values()
     )

@@ -28,11 +28,13 @@ from tests.builders import (
 def model_with(
     name: str, family: str = "bert", seed: int = 1, dropout: float = 0.1, impl: str = "auto", vocabulary=None, **keys
 ) -> MultiObjectiveModel:
-    """Return a model with one objective, configured by ``keys``, in evaluation mode (dropout is there, but off)."""
+    """Return a model with one objective, configured by ``keys``, and before it those that it builds on; in evaluation
+    mode (dropout is there, but off)."""
     if name in ("end_task", "task_mlm"):
         keys = {"task": str(Path(_tiny_task().name) / "tiny"), **keys}
     vocabulary = vocabulary or (PAIRED_VOCABULARY if family in TINY_PAIRED else VOCABULARY)
-    objectives = build_objectives(parse_objectives({name: keys}, "test"), vocabulary, seed, impl)
+    others = {"rtd": {}} if name == "correction" or (name == "std" and "generator_weight" in keys) else {}
+    objectives = build_objectives(parse_objectives({**others, name: keys}, "test"), vocabulary, seed, impl)
     objectives[name].prepare(word_tokenizer(), 24)
     return MultiObjectiveModel(tiny_encoder(family, dropout=dropout), objectives).eval()
 

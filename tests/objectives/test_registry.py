@@ -14,10 +14,11 @@ from tests.objectives.builders import annotated, ids_of, model_with, numbered, r
 ROWS = 16
 
 
-CONFIGURATIONS = [*((name, {}) for name in sorted(REGISTRY)), ("rtd", {"source": "unigram"})]
+OTHERS = [("rtd", {"source": "unigram"}), ("std", {"generator_weight": 0.5})]
+CONFIGURATIONS = [*((name, {}) for name in sorted(REGISTRY)), *OTHERS]
 
 
-@pytest.fixture(params=CONFIGURATIONS, ids=lambda pair: "-".join([pair[0], *pair[1].values()]), scope="module")
+@pytest.fixture(params=CONFIGURATIONS, ids=lambda pair: "-".join([pair[0], *pair[1]]), scope="module")
 def configuration(request) -> tuple[str, dict]:
     """An objective and its keys: those registered as they are, and those whose heads depend on the keys."""
     return request.param
@@ -71,12 +72,12 @@ def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 @torch.no_grad()
 def results(model: MultiObjectiveModel, batch) -> dict[tuple[str, int], tuple[float, int]]:
     """Return (term, sample id) → (sum of losses, number of targets)."""
-    (objective,) = model.objectives.values()
+    *_, objective = model.objectives.values()
     view = objective.corrupt(batch, 0.25)
     losses = objective.loss(model, view)
     return {
         (term, int(sample)): (float(total), int(count))
-        for term in losses
+        for term in objective.terms
         for sample, total, count in zip(batch.sample_ids, losses[term].sums, view.counts[term], strict=True)
     }
 
@@ -91,10 +92,13 @@ def assert_same_results(ours: dict, theirs: dict) -> None:
 def test_terms_counts_and_sums_have_the_same_keys_and_one_number_a_sample(model, objective, name, whole):
     view = objective.corrupt(whole, 0.0)
     losses = objective.loss(model, view)
-    assert set(objective.terms) == set(view.counts) == set(losses)
+    assert set(objective.terms) == set(view.counts) == {term for term in losses if losses[term].total is not None}
     assert all(term.split("/")[0] == name for term in losses)
     assert all(weight > 0 for weight in objective.terms.values())
-    for term, (total, sums) in losses.items():
+    assert set(objective.fractions) <= set(view.tallies) | set(losses)
+    assert set(objective.fractions.values()) <= set(objective.terms)
+    for term in objective.terms:
+        total, sums = losses[term]
         assert sums.shape == view.counts[term].shape == whole.sample_ids.shape
         assert total.shape == () and total.requires_grad and not sums.requires_grad
         assert total.dtype == sums.dtype == torch.float32
@@ -187,7 +191,7 @@ def test_a_weight_scales_its_samples_part_of_loss_and_gradient(model, objective,
     weights = torch.rand(samples, generator=torch.Generator().manual_seed(0)) * 2
     weights[::3] = 0.0
     loss, sums = model({name: view}, scales, {name: weights})
-    expected = sum(scales[term] * float((weights * total).sum()) for term, total in sums.items())
+    expected = sum(scale * float((weights * sums[term]).sum()) for term, scale in scales.items())
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     found = gradients(model, loss)
     halves = [weights.clone(), weights.clone()]
@@ -262,10 +266,13 @@ def test_corruption_never_touches_special_tokens_or_padding(objective):
 
 
 def test_heads_are_those_declared_and_get_a_gradient(model, objective, name, whole):
-    assert set(model.heads) == set(objective.heads)
+    assert set(model.heads) == {head for each in model.objectives.values() for head in each.heads}
+    assert set(objective.heads) <= set(model.heads)
     view = objective.corrupt(whole, 0.0)
     loss, _ = model({name: view}, scales_of(objective, view.counts))
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    components = model.components()
+    trained = [p for component in model.trained_by([name]) for p in components[component]]
+    found = torch.autograd.grad(loss, trained, allow_unused=True)
     assert all(gradient is not None and gradient.isfinite().all() for gradient in found)
 
 
@@ -286,7 +293,8 @@ def test_sums_are_float32_under_autocast_and_with_16_bit_weights(name):
         for term in exact:
             for sums in (cast[term].sums, narrow[term].sums):
                 assert sums.dtype == torch.float32 and sums.isfinite().all()
-                assert float(sums.sum()) == pytest.approx(float(exact[term].sums.sum()), rel=0.1)
+                if not REGISTRY[name].follows:  # what those do turns on hard decisions
+                    assert float(sums.sum()) == pytest.approx(float(exact[term].sums.sum()), rel=0.1)
 
 
 def test_every_tiny_family_trains_on_every_objective_that_accepts_it(name):
@@ -296,7 +304,7 @@ def test_every_tiny_family_trains_on_every_objective_that_accepts_it(name):
         try:
             model = model_with(name, family)
         except UserError as error:
-            assert str(error).startswith(f"objectives.{name}") and "\n" not in str(error)
+            assert str(error).startswith("objectives.") and "\n" not in str(error)
             continue
         view = model.objectives[name].corrupt(numbered(rows, ids_of(rows)), 0.0)
         loss, _ = model({name: view}, scales_of(model.objectives[name], view.counts))

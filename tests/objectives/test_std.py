@@ -1,10 +1,14 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fused_objectives.backend import INTERPRETED
 from fused_objectives.targets import IGNORED
 from pretrain.errors import UserError
-from tests.builders import VOCABULARY, lay_out, padded, random_samples
+from pretrain.model.attention import Layout
+from pretrain.model.multi_objective import MultiObjectiveModel
+from pretrain.objectives.base import build_objectives, parse_objectives
+from tests.builders import VOCABULARY, lay_out, padded, random_samples, tiny_encoder
 from tests.objectives.builders import ids_of, model_with, numbered, rows_of_samples
 from tests.objectives.oracles import detection_sums, labels_of, samples_of, word
 
@@ -92,3 +96,52 @@ def test_kernels_and_twins_corrupt_alike(name):
     assert torch.equal(plain.labels, fused.labels) and plain.tallies == fused.tallies
     for field in ("tokens", "segment_ids", "position_ids", "lengths"):
         assert torch.equal(getattr(plain.batch, field), getattr(fused.batch, field)), field
+
+
+def with_generator(**keys) -> MultiObjectiveModel:
+    recipe = {"std": {"generator_weight": 0.5, **keys}, "rtd": {"generator": {"embeddings": "separate"}}}
+    objectives = build_objectives(parse_objectives(recipe, "test"), VOCABULARY, seed=1)
+    return MultiObjectiveModel(tiny_encoder("bert"), objectives).eval()
+
+
+@torch.no_grad()
+def test_the_generator_is_to_restore_what_stood_at_the_swapped_places():
+    model, rows = with_generator(rate=0.5), rows_of_samples(7)
+    batch = numbered(rows, ids_of(rows), row_length=70)
+    view = model.objectives["std"].corrupt(batch, 0.0)
+    losses, generator = model.objectives["std"].loss(model, view), model.heads["generator"]
+    expected, moved = [], []
+    for number, sample in enumerate(sample for row in rows for sample in row):
+        tokens = view.tokens[batch.segment_ids == number]
+        alone = padded([tokens.numpy()])
+        logits = generator.head(generator.encoder(alone.tokens, Layout(alone)))[0]
+        places = [place for place, original in enumerate(sample.tolist()) if original != int(tokens[place])]
+        expected.append(sum(float(F.cross_entropy(logits[place], torch.tensor(sample[place]))) for place in places))
+        moved.append(len(places))
+    assert sum(moved) > 20
+    assert view.counts["std/generator"].tolist() == moved
+    assert losses["std/generator"].sums.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert torch.equal(losses["std"].sums, with_generator(rate=0.5).objectives["std"].loss(model, view)["std"].sums)
+
+
+def test_what_the_generator_restores_trains_it_and_the_discriminator_gives_it_no_gradient():
+    model, batch = with_generator(), padded(random_samples([60, 31]))
+    view = model.objectives["std"].corrupt(batch, 0.0)
+    assert model.trained_by(["std"]) == {"backbone", "generator", "head/std_detection"}
+    found = []
+    for discriminator in (0.0, 0.7):
+        model.zero_grad(set_to_none=True)
+        model({"std": view}, {"std/generator": 0.3, "std": discriminator})[0].backward()
+        found.append([p.grad for p in model.heads["generator"].parameters()])
+    assert all(torch.equal(one, other) and one.abs().sum() > 0 for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("others", [{}, {"rtd": {"source": "unigram"}}], ids=str)
+def test_a_generator_that_nobody_trains_cannot_restore(others):
+    objectives = build_objectives(parse_objectives({"std": {"generator_weight": 1}, **others}, "test"), VOCABULARY, 1)
+    with pytest.raises(UserError, match=r"^objectives\.std\.generator_weight: no objective .*; add rtd, or leave it"):
+        MultiObjectiveModel(tiny_encoder("bert"), objectives)
+
+
+def test_the_discriminators_weight_is_that_of_the_term():
+    assert model_with("std", discriminator_weight=7).objectives["std"].terms == {"std": 7.0}
