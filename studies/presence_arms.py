@@ -61,11 +61,11 @@ class Settings:
     """How large, how long, how fast; the same for all arms."""
 
     size: str = "tiny"
-    base_steps: int = 3000
+    base_steps: int = 1500
     """Of pre-training on clean text of the same kind, once for all arms and seeds; 0: they begin from scratch. A model
     that has not learnt to read cannot tell scrambled text from any other."""
     base_lr: float = 4e-3
-    steps: int = 400
+    steps: int = 800
     """Steps of an arm."""
     batch_rows: int = 4
     """Packed rows a step, all of one micro-batch."""
@@ -74,7 +74,7 @@ class Settings:
     """Tokens of a sample."""
     rate: float = 0.3
     """Of tokens that are masked."""
-    lr: float = 1e-3
+    lr: float = 4e-3
     heldout_rows: int = 64
     scored_samples: int = 64
     """Of each trouble; of clean ones as many as of all troubles together."""
