@@ -72,7 +72,7 @@ def make_soup(
     if mode == "greedy" and task is None:
         raise UserError("--mode greedy: chooses by a task's dev split; name the task with --task")
     metric = choosing_metric(task, settings) if task else None
-    ingredients = find_ingredients(paths)
+    ingredients = find_ingredients(paths, kind)
     for each in ingredients:
         if out.resolve() in (each.source, *each.source.parents):
             raise UserError(f"{out}: holds the ingredient {each.name}; choose another --out")

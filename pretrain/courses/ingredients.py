@@ -56,8 +56,9 @@ class Ingredient:
         return self.source if self.is_export else self.source / "model"
 
 
-def find_ingredients(paths: Sequence[str | Path]) -> list[Ingredient]:
-    """Return what the user named: exports, checkpoints, or runs, whose newest good checkpoints are taken.
+def find_ingredients(paths: Sequence[str | Path], kind: str | None = None) -> list[Ingredient]:
+    """Return what the user named: exports, checkpoints, or runs, whose newest good checkpoints are taken; ``kind`` is
+    what checkpoints will be exported as.
 
     Raises:
         UserError: if there are fewer than two, one is given twice, or one is none of these.
@@ -65,7 +66,7 @@ def find_ingredients(paths: Sequence[str | Path]) -> list[Ingredient]:
     if len(paths) < 2:
         raise UserError(f"{', '.join(map(str, paths)) or 'nothing'}: a soup is of two models at least; name more")
     found: dict[Path, Ingredient] = {}
-    for ingredient in map(_find, paths):
+    for ingredient in (_find(path, kind) for path in paths):
         if (before := found.get(ingredient.source)) is not None:
             raise UserError(f"{before.name} and {ingredient.name}: are the same folder; name each ingredient once")
         found[ingredient.source] = ingredient
@@ -175,14 +176,15 @@ class Weights(Mapping[str, torch.Tensor]):
         return f"{piece.get_dtype()} {piece.get_shape()}"
 
 
-def _find(path: str | Path) -> Ingredient:
+def _find(path: str | Path, kind: str | None) -> Ingredient:
     folder = Path(path).resolve()
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder; an ingredient is an export, a checkpoint or a run folder")
     if (folder / "config.json").is_file():
         return Ingredient(str(path), folder, True, _initialisation(folder / FACTS))
     checkpoint = resolve_checkpoint(folder)
-    return Ingredient(str(path), checkpoint, False, _initialisation(checkpoint / STATE))
+    began = None if kind == "generator" else _initialisation(checkpoint / STATE)  # what is recorded is the backbone's
+    return Ingredient(str(path), checkpoint, False, began)
 
 
 def _initialisation(file: Path) -> str | None:
