@@ -14,10 +14,12 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def moved(corpus, run, **scales) -> dict[str, torch.Tensor]:
+def moved(corpus, run, objectives=("mlm", "sop"), **scales) -> dict[str, torch.Tensor]:
     """Return component → how far one step moved its parameters, by their order."""
+    keys = {"rtd": {"generator": {"embeddings": "disentangled"}}}
     key = {"training__optimizer__learning_rate_scales": {name.replace("_", "/"): f for name, f in scales.items()}}
-    document = recipe(corpus, run, objectives={"mlm": {}, "sop": {}}, sampler={}, training__steps=1, **key)
+    document = recipe(corpus, run, sampler={}, training__steps=1, **key)
+    document["objectives"] = {name: keys.get(name, {}) for name in objectives}
     document["training"]["optimizer"]["weight_decay"] = 0.1
     assert train(document)[0] == 0
     folder = run / "checkpoints" / "step-00000001"
@@ -35,6 +37,16 @@ def test_a_factor_scales_the_steps_of_its_component_alone(corpus, tmp_path):
     assert plain["backbone"].abs().max() > 0 and not scaled["backbone"].any()
     torch.testing.assert_close(scaled["head/order"], 10 * plain["head/order"], rtol=1e-3, atol=1e-6)
     assert torch.equal(scaled["head/vocabulary"], plain["head/vocabulary"]) and plain["head/vocabulary"].any()
+
+
+def test_the_generators_factor_scales_the_embedding_that_it_trains_and_not_what_the_backbone_adds(corpus, tmp_path):
+    plain, scaled = (
+        moved(corpus, tmp_path / str(factor), ["rtd"], generator=factor, backbone=1.0) for factor in (1.0, 2.0)
+    )
+    assert torch.equal(scaled["backbone"], plain["backbone"]) and plain["backbone"].any()
+    torch.testing.assert_close(scaled["generator"], 2 * plain["generator"], rtol=1e-3, atol=1e-6)
+    embedding = slice(0, 96 * 32)  # the generator's first parameter
+    assert plain["generator"][embedding].any() and scaled["generator"][embedding].any()
 
 
 @pytest.mark.parametrize(

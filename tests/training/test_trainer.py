@@ -16,7 +16,9 @@ from pretrain.objectives.mlm import MaskedLanguageModelling
 from pretrain.training.log import read_metrics
 from tests.training.runs import metrics, recipe, states, train, write_corpus
 
-STAGES = ("zero1.json", "zero2.json", "zero3.json")
+SHARED: dict = {}
+DISENTANGLED = {"model__overrides__tie_word_embeddings": False, "objectives__rtd": {"generator": {"embeddings": "disentangled"}}}
+STAGES = [("zero1.json", SHARED), ("zero2.json", SHARED), ("zero3.json", DISENTANGLED)]
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +61,13 @@ def _layout(micro_batch_rows):
     return {"training__micro_batch_rows": micro_batch_rows, "model__dropout": 0.0, "objectives": {"mlm": {}, "rtd": {}}}
 
 
-def test_ranks_micro_batches_and_accumulation_do_not_change_what_is_trained(corpus, tmp_path, ranks):
+@pytest.mark.parametrize(("ds", "embeddings"), STAGES[1:])
+def test_ranks_micro_batches_and_accumulation_do_not_change_what_is_trained(corpus, tmp_path, ranks, ds, embeddings):
     shares = {"sampler__shares": {"mlm": 0.7, "rtd": 0.3}}
-    one = recipe(corpus, tmp_path / "one", **_layout(8), **shares)
+    one = recipe(corpus, tmp_path / "one", **_layout(8), **shares, **embeddings)
     assert train(one)[0] == 0
-    two = recipe(corpus, tmp_path / "two", **_layout(2), **shares)
-    assert [outcome[0] for outcome in ranks(train, two)] == [0, 0]
+    two = recipe(corpus, tmp_path / "two", **_layout(2), **shares, **embeddings)
+    assert [outcome[0] for outcome in ranks(lambda_free_train, two, ds)] == [0, 0]
     for alone, together in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for exact in ("sample_ids_sha256", "tokens", "samples", "plan", "lr"):
             assert alone[exact] == together[exact]
@@ -73,13 +76,14 @@ def test_ranks_micro_batches_and_accumulation_do_not_change_what_is_trained(corp
         assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("ds", STAGES)
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(corpus, tmp_path, ranks, ds):
+@pytest.mark.parametrize(("ds", "embeddings"), STAGES)
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(corpus, tmp_path, ranks, ds, embeddings):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for run in (whole, resumed):
-        assert [outcome[0] for outcome in ranks(lambda_free_train, recipe(corpus, run), ds)] == [0, 0]
+        outcomes = ranks(lambda_free_train, recipe(corpus, run, **embeddings), ds)
+        assert [outcome[0] for outcome in outcomes] == [0, 0], outcomes
     shutil.rmtree(resumed / "checkpoints" / "step-00000006")
-    outcomes = ranks(lambda_free_train, recipe(corpus, resumed), ds)
+    outcomes = ranks(lambda_free_train, recipe(corpus, resumed, **embeddings), ds)
     assert [outcome[0] for outcome in outcomes] == [0, 0]
     assert "going on from" in outcomes[0][1] and "step-00000003" in outcomes[0][1]
     assert states(resumed / "checkpoints" / "step-00000006") == states(whole / "checkpoints" / "step-00000006")
