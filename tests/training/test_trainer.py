@@ -17,7 +17,10 @@ from pretrain.training.log import read_metrics
 from tests.training.runs import metrics, recipe, states, train, write_corpus
 
 SHARED: dict = {}
-DISENTANGLED = {"model__overrides__tie_word_embeddings": False, "objectives__rtd": {"generator": {"embeddings": "disentangled"}}}
+DISENTANGLED = {
+    "model__overrides__tie_word_embeddings": False,
+    "objectives__rtd": {"generator": {"embeddings": "disentangled"}},
+}
 STAGES = [("zero1.json", SHARED), ("zero2.json", SHARED), ("zero3.json", DISENTANGLED)]
 
 
