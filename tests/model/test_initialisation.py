@@ -51,7 +51,8 @@ def test_every_parameter_of_the_backbone_counts_and_no_other():
     "objectives",
     [
         {"rtd": {}},
-        {"rtd": {"generator": {"depth": 1.0}}, "mlm": {}},
+        {"rtd": {"generator": {"depth": 1.0, "embeddings": "separate"}}, "mlm": {}},
+        {"std": {}, "rtd": {"generator": {"embeddings": "disentangled"}}},
         {"std": {}, "itd": {}, "sop": {}},
         {"cse": {"group_rows": 2}, "dtd": {}, "clm": {}},
     ],
