@@ -3,8 +3,9 @@
 
 A small ELECTRA is pre-trained on MLM, on replaced tokens alone, with MCL's courses, with self-correction, and as a soup
 of models trained under different mixes of the courses (studies/mcl.yaml), then fine-tuned on every end task. At equal
-steps the dearer arms may spend more; at equal compute all have the FLOPs of ELECTRA, and as many steps as that pays for.
-Settings are to be chosen on seeds that are not reported: --first-seed 100 with another --out.
+steps the dearer arms spend more; at equal compute all have the FLOPs of ELECTRA, and the steps that these pay for. The
+models of a soup share either. Settings are to be chosen on seeds that are not reported: --first-seed 100 with another
+--out.
 
     python studies/mcl.py [--text FILE] [--tasks FOLDER] [--seeds 3] [--out FOLDER] [--results FILE] [--quick]
 
@@ -115,8 +116,8 @@ def report(
         f"ELECTRA {settings.layers} × {settings.hidden}, steps of {settings.batch_rows} packed rows of "
         f"{settings.row_length} tokens; fine-tuning on at most {settings.tune_samples} samples of a task, "
         f"{settings.tune_epochs} epochs. Equal compute is that of {AGAINST} at equal steps, in FLOPs of forward and "
-        "backward passes; the models of a soup share it. At equal steps each of a soup's models has them, so it costs "
-        "more. Test in percent, mean ± sd over seeds; differences seed by seed, and for how many seeds they are above "
+        "backward passes; the models of a soup share steps or compute, and the table tells how many steps each has. "
+        "Test in percent, mean ± sd over seeds; differences seed by seed, and for how many seeds they are above "
         f"0. {where['cpu']}, {where['threads']} of {where['cores']} cores, load {where['load']}, torch "
         f"{where['versions']['torch']}, {where['date'][:10]}."
     )

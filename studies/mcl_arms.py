@@ -1,6 +1,7 @@
 """What a study of MCL compares: ways to pre-train one backbone, at equal steps and at equal compute.
 
-Compute is the FLOPs of forward and backward passes (:mod:`pretrain.training.flops`); the models of a soup share it.
+Compute is the FLOPs of forward and backward passes (:mod:`pretrain.training.flops`). The models of a soup share what
+one of the other arms has, steps or compute.
 """
 
 import json
@@ -64,7 +65,7 @@ class Arm(Config):
 
     @property
     def runs(self) -> float:
-        """What its training costs in single runs of as many steps."""
+        """Its steps, in those of one of its models."""
         return self.trunk + len(self.mixes) * (1 - self.trunk) if self.mixes else 1.0
 
 
@@ -74,17 +75,17 @@ class Settings:
 
     hidden: int = 128
     layers: int = 2
-    steps: int = 600
-    """Of a run at equal steps."""
-    batch_rows: int = 8
+    steps: int = 400
+    """Of an arm at equal steps."""
+    batch_rows: int = 4
     """Packed rows a step, all of one micro-batch."""
-    row_length: int = 256
+    row_length: int = 128
     max_length: int = 64
-    """Tokens of a sample."""
+    """Tokens of a sample, in pre-training and in fine-tuning."""
     lr: float = 2e-3
     tune_epochs: int = 3
     tune_lr: float = 5e-4
-    tune_samples: int = 600
+    tune_samples: int = 400
     """Training samples of a task at most; half as many of dev, twice as many of test."""
 
 
@@ -124,13 +125,13 @@ def flops_per_token(arms: Mapping[str, Arm], at: Place, settings: Settings) -> d
 
 
 def steps_of(name: str, budget: str, arms: Mapping[str, Arm], costs: Mapping[str, float], settings: Settings) -> int:
-    """Return how many steps a run of an arm has, or of a soup each of its models."""
-    arm = arms[name]
-    if budget == STEPS:
-        return settings.steps if arm.steps is None else arm.steps
-    other = arm.equal_compute_with
-    paid = steps_of(other, STEPS, arms, costs, settings) * costs[other] * arms[other].runs
-    return max(1, round(paid / (costs[name] * arm.runs)))
+    """Return how many steps an arm has; of a soup each of its models, with those that they have in common."""
+    arm, steps = arms[name], settings.steps
+    if arm.steps is not None:
+        return arm.steps
+    if budget == COMPUTE:
+        steps *= costs[arm.equal_compute_with] / costs[name]
+    return max(1, round(steps / arm.runs))
 
 
 def pretrain(name: str, arm: Arm, budget: str, steps: int, seed: int, at: Place, settings: Settings) -> Path:
@@ -160,7 +161,7 @@ def _tune(model: Path, name: str, seed: int, at: Place, settings: Settings) -> d
     tuning = Tuning(
         settings.tune_epochs,
         settings.tune_lr,
-        max_length=2 * settings.max_length,
+        max_length=settings.max_length,
         seeds=1,
         first_seed=seed,
         metric=METRICS.get(name),

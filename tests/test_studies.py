@@ -10,6 +10,7 @@ import torch
 from fused_objectives.targets import IGNORED
 from pretrain.data.prepare import prepare
 from pretrain.data.store import Store
+from pretrain.data.tasks import load_task
 from pretrain.data.tokenization import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.masking.config import MaskingConfig
@@ -18,6 +19,9 @@ from pretrain.model.vocabulary import Vocabulary
 from studies import (
     cloze,
     masking,
+    mcl,
+    mcl_arms,
+    mcl_report,
     planting,
     presence,
     presence_arms,
@@ -332,3 +336,72 @@ def test_the_presence_study_runs_goes_on_and_dearer_arms_take_fewer_steps(corpus
     assert not list((tmp_path / "out" / "runs").iterdir())
     assert presence.main([*command, "--max-length", "32"]) == 2  # another study's folder
     assert presence.main([*command, "--arms", "nothing"]) == 2
+
+
+def test_the_mcl_study_runs_goes_on_and_spends_the_same_at_equal_compute(corpus, tasks, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["--text", str(corpus.parent / "text.jsonl"), "--tasks", str(tasks), "--vocabulary", "300"]
+    command += ["--quick", "--steps", "20", "--row-length", "64", "--out", str(out), "--seeds", "1"]
+    assert mcl.main([*command, "--arms", "electra"]) == 0
+    before = records.read(out)
+    assert mcl.main([*command, "--arms", "untrained,electra,courses,soup"]) == 0
+    assert "| equal compute | + soup |" in capsys.readouterr().out
+    done = json.loads((out / "results.json").read_text())["records"]
+    electra, untrained, courses, cheaper, soup, thinner = done
+    assert [electra] == before and (untrained["steps"], untrained["flops"]) == (0, 0)
+    assert courses["steps"] == electra["steps"] == 20 and courses["flops"] > 2 * electra["flops"]
+    assert cheaper["flops"] == pytest.approx(electra["flops"], rel=0.15)
+    assert soup["steps"] == 10 and soup["tokens"] == pytest.approx(electra["tokens"], rel=0.15)
+    assert thinner["flops"] == pytest.approx(electra["flops"], rel=0.25) and thinner["taken"] == [0, 1, 2]
+    assert not list((out / "runs").iterdir())
+    assert mcl.main([*command, "--hidden", "32"]) == 2  # another study's folder
+    assert mcl.main([*command, "--arms", "nothing"]) == 2
+
+
+def test_the_soup_of_one_model_is_that_model_trunk_or_no_trunk(corpus, tasks, tmp_path):
+    mix = {"mlm": 1.0, "std": 2.0}
+    keys = {"title": "", "objectives": {"mlm": {}, "std": {}}}
+    alone = mcl_arms.Arm(**keys, sampler={"mode": "mix", "shares": mix})
+    settings, task = mcl.QUICK, load_task(tasks / "places")
+    at = mcl_arms.Place(corpus, {"places": task}, tmp_path)
+    arms = {"alone": alone, "soup": mcl_arms.Arm(**keys, mixes=[mix], trunk=0.6)}
+    arms["picked"] = mcl_arms.Arm(**keys, mixes=[mix, {"mlm": 0.0, "std": 1.0}], trunk=0.6, pick="greedy")
+    models = {name: mcl_arms.pretrain(name, arm, "steps", 5, 3, at, settings) for name, arm in arms.items()}
+    weights = {name: (folder / "model.safetensors").read_bytes() for name, folder in models.items()}
+    assert weights["alone"] == weights["soup"]
+    taken = json.loads((models["picked"] / "spent.json").read_text())["taken"]
+    assert 1 <= len(taken) <= 2 and (weights["picked"] == weights["alone"]) == (taken == [0])
+    assert mcl_arms.pretrain("soup", arms["soup"], "steps", 5, 3, at, settings) == models["soup"]  # as it is there
+
+
+def test_steps_of_equal_compute_pay_for_dearer_steps_and_for_every_model_of_a_soup(tmp_path):
+    arm = {"title": "", "objectives": {"mlm": {}}}
+    file = tmp_path / "arms.yaml"
+    soup = {**arm, "mixes": [{"mlm": 1.0}] * 3, "trunk": 0.5, "equal_compute_with": "a"}
+    file.write_text(
+        json.dumps({"a": arm, "b": {**arm, "equal_compute_with": "a"}, "soup": soup, "c": {**arm, "steps": 0}})
+    )
+    arms, settings = mcl_arms.read_arms(file), mcl_arms.Settings(steps=60)
+    costs = {"a": 2.0, "b": 3.0, "soup": 1.5, "c": 1.0}
+    found = {(n, b): mcl_arms.steps_of(n, b, arms, costs, settings) for n, a in arms.items() for b in a.budgets}
+    expected = {("a", "steps"): 60, ("b", "steps"): 60, ("b", "compute"): 40, ("c", "steps"): 0}
+    assert found == expected | {("soup", "steps"): 30, ("soup", "compute"): 40}
+    file.write_text(json.dumps({"a": {**arm, "equal_compute_with": "b"}}))
+    with pytest.raises(UserError, match="a.equal_compute_with: unknown arm 'b'"):
+        mcl_arms.read_arms(file)
+    assert set(mcl_arms.read_arms(Path(mcl.__file__).with_name("mcl.yaml"))) >= {"mlm", "electra", "courses", "soup"}
+
+
+def test_scores_over_all_tasks_are_means_of_whole_runs_and_compared_seed_by_seed():
+    told = {"steps": 5, "flops": 1e12, "metric": "accuracy", "dev": 0.5, "pretraining_seconds": 1.0}
+    scores = {("e", 0): (0.5, 0.7), ("e", 1): (0.6, 0.6), ("x", 0): (0.7, 0.7), ("x", 1): (0.5,)}
+    records = [
+        {"arm": arm, "budget": "steps", "seed": seed, "task": task, "test": score, **told}
+        for (arm, seed), its in scores.items()
+        for task, score in zip("ab", its, strict=False)
+    ]
+    rows = {(r["arm"], r["task"]): r for r in mcl_report.summarise(records, {"e": "E", "x": "X"}, "e")}
+    assert rows["e", "all tasks"]["test"] == pytest.approx(60) and rows["e", "all tasks"]["test_sd"] == pytest.approx(0)
+    assert rows["x", "all tasks"]["runs"] == 1 and rows["x", "all tasks"]["gain"] == pytest.approx(10)
+    assert rows["x", "a"]["gain"] == pytest.approx(5) and rows["x", "a"]["wins"] == "1/2"
+    assert "gain" not in rows["e", "a"]
