@@ -54,6 +54,7 @@ SETUPS = {
     "electra, nothing shared": Setup(
         "electra", "rtd", UNTIED, {"generator": {"embeddings": "separate", "width": 0.5}}
     ),
+    "electra, disentangled": Setup("electra", "rtd", keys={"generator": {"embeddings": "disentangled", "width": 0.5}}),
     "roberta sop": Setup("roberta", "sop"),
     "gpt2": Setup("gpt2", "clm"),
     "llama": Setup("llama", "clm", UNTIED),
