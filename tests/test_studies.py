@@ -387,7 +387,7 @@ def test_steps_of_equal_compute_pay_for_dearer_steps_and_for_every_model_of_a_so
     expected = {("a", "steps"): 60, ("b", "steps"): 60, ("b", "compute"): 40, ("c", "steps"): 0}
     assert found == expected | {("soup", "steps"): 30, ("soup", "compute"): 40}
     file.write_text(json.dumps({"a": {**arm, "equal_compute_with": "b"}}))
-    with pytest.raises(UserError, match="a.equal_compute_with: unknown arm 'b'"):
+    with pytest.raises(UserError, match=r"a\.equal_compute_with: unknown arm 'b'"):
         mcl_arms.read_arms(file)
     assert set(mcl_arms.read_arms(Path(mcl.__file__).with_name("mcl.yaml"))) >= {"mlm", "electra", "courses", "soup"}
 
