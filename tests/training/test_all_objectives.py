@@ -15,7 +15,13 @@ from tests.training.runs import metrics, recipe, states, train, write_corpus
 
 STEPS = 3
 SHARED = {"mlm": {}, "guided_mlm": {}, "std": {}, "dtd": {}, "sop": {}}
-WITH_GENERATOR = {"itd": {"source": "generator"}, **SHARED, "rtd": {}}
+WITH_GENERATOR = {
+    "correction": {},
+    "itd": {"source": "generator"},
+    **SHARED,
+    "std": {"generator_weight": 0.5},
+    "rtd": {},
+}
 WITHOUT = {"itd": {}, **SHARED, "rtd": {"source": "unigram"}}
 
 
