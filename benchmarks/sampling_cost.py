@@ -12,13 +12,12 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import ROOT, append_result, default_store, environment, print_table
+from benchmarks.common import ROOT, append_result, default_store, environment, now, print_table
 from benchmarks.training import build_trainer
 from pretrain.data.annotate import annotate
 from pretrain.data.store import Store
@@ -76,16 +75,16 @@ def mometas(args: argparse.Namespace, store: Path) -> list[dict]:
         teach, spent = trainer.teach_sampler, []
 
         def timed(teach=teach, spent=spent):
-            began = _now()
+            began = now()
             told = teach()
-            spent.append(_now() - began)
+            spent.append(now() - began)
             return told
 
         trainer.teach_sampler = timed
-        began = _now()
+        began = now()
         for _ in range(args.interval):  # from the third step on: one whole window's worth of measurements
             trainer.train_step()
-        whole = _now() - began
+        whole = now() - began
         trainer.engine.close()
         rows.append(_row(title, "its measurements over its steps", sum(spent) / (whole - sum(spent)), goal))
     return rows
@@ -163,17 +162,9 @@ def _write_task(folder: Path, store: Path) -> Path:
 
 
 def _time(work: Callable[[], object]) -> float:
-    began = _now()
+    began = now()
     work()
-    return _now() - began
-
-
-def _now() -> float:
-    """Return seconds: of the clock behind a GPU, of CPU time without one, which other processes disturb less."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+    return now() - began
 
 
 def _row(what: str, ratio: str, value: float, goal: float) -> dict:
