@@ -15,8 +15,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from benchmarks.common import ROOT, append_result, default_store, environment, now, print_table
 from benchmarks.training import build_trainer
 from pretrain.data.annotate import annotate
