@@ -6,6 +6,7 @@ import pytest
 
 from tests.training.runs import metrics, recipe, train, write_corpus
 
+SHARES = {"correction": 1, "rtd": 1, "std": 1, "itd": 1}
 COURSES = {
     "correction": {},
     "rtd": {"generator": {"embeddings": "disentangled"}},
@@ -46,8 +47,8 @@ def test_all_courses_train_the_same_on_two_ranks_and_in_other_micro_batches(corp
     ("sampler", "passes"),
     [
         ({"name": "round_robin"}, [(2, 2), (1, 1), (1, 1), (1, 1)]),  # alone, the correction plays its first round itself
-        ({"name": "annealed", "start": {"rtd": 1}, "end": {"correction": 1}, "mode": "mix"}, [(4, 4)] * 4),
-        ({"name": "mometas", "interval_steps": 2}, None),
+        ({"name": "annealed", "from": SHARES, "to": SHARES | {"correction": 5}, "mode": "mix"}, [(4, 4)] * 4),
+        ({"name": "odm"}, None),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
