@@ -39,6 +39,7 @@ def linear_cross_entropy_and_sample(
     capacity: int | None = None,
     chunk_rows: int | None = None,
     squared_norms: bool = False,
+    logit_gradients: bool = False,
     impl: str = "auto",
 ) -> Sampled:
     """Return the linear cross entropy and, from the same logits, a token per target: v with probability
@@ -66,5 +67,5 @@ def linear_cross_entropy_and_sample(
     terms = Terms(label_smoothing, z_loss, soft_cap)
     weights, limits = (sample_weights, token_weights), (capacity, chunk_rows, None)
     arguments = (hidden, weight, bias, targets, segments, samples, weights, terms, limits, squared_norms, impl)
-    loss, output = evaluate(*arguments, sampling)
+    loss, output = evaluate(*arguments, sampling, logit_gradients=logit_gradients)
     return Sampled(loss, output[-1])

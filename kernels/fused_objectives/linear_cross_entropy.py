@@ -39,6 +39,10 @@ class LinearCrossEntropy(NamedTuple):
     """``[N]`` float32: log Σ_v exp(z_v), 0 where there is no target."""
     squared_norms: torch.Tensor | None
     """``[S]`` float32: squared norm of the gradient of each sample's Σ u_n·loss_n by weight and bias; if asked for."""
+    logit_gradients: torch.Tensor | None
+    """``[N, V]``, if asked for: gradients of u_n·loss_n by its logits, the targets in their order; then rows of 0."""
+    places: torch.Tensor | None
+    """``[N]`` int64, of those rows: which token each is of, −1 for none."""
 
 
 def linear_cross_entropy(
@@ -57,6 +61,7 @@ def linear_cross_entropy(
     capacity: int | None = None,
     chunk_rows: int | None = None,
     squared_norms: bool = False,
+    logit_gradients: bool = False,
     longest: int | None = None,
     impl: str = "auto",
 ) -> LinearCrossEntropy:
@@ -78,6 +83,8 @@ def linear_cross_entropy(
         capacity: the most targets that the batch can have; None takes their number on the CPU, and N on a GPU.
         chunk_rows: targets whose logits exist at the same time; None takes :func:`default_chunk_rows`.
         squared_norms: compute them too, for a sample of T targets by about T²(d + V) FLOPs.
+        logit_gradients: keep them too, for a weight gradient whose weights are known later; takes all tokens for
+            targets, so that a capacity saves nothing.
         longest: the most targets that a sample can have, for the norms: ⌈(longest − 1) / chunk_rows⌉ chunks of logits
             are kept besides the present one. None takes their number on the CPU, and the capacity on a GPU. Samples
             with more get a NaN.
@@ -92,7 +99,8 @@ def linear_cross_entropy(
     terms = Terms(label_smoothing, z_loss, soft_cap)
     weights = (sample_weights, token_weights)
     limits = (capacity, chunk_rows, longest)
-    return evaluate(hidden, weight, bias, targets, segments, samples, weights, terms, limits, squared_norms, impl)[0]
+    arguments = (hidden, weight, bias, targets, segments, samples, weights, terms, limits, squared_norms, impl)
+    return evaluate(*arguments, logit_gradients=logit_gradients)[0]
 
 
 def linear_cross_entropy_gradients(
@@ -139,7 +147,20 @@ def default_chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
 
 
 def evaluate(
-    hidden, weight, bias, targets, segments, samples, weights, terms, limits, norms, impl, sampling=None, wanted=None
+    hidden,
+    weight,
+    bias,
+    targets,
+    segments,
+    samples,
+    weights,
+    terms,
+    limits,
+    norms,
+    impl,
+    sampling=None,
+    wanted=None,
+    logit_gradients=False,
 ):
     """Check the arguments and run the op; return the loss and all of the op's outputs.
 
@@ -185,8 +206,10 @@ def evaluate(
         drawing = (sampling.positions, sampling.sample_ids, sampling.visits, *sampling[4:])
     arguments = (hidden, weight, bias, targets, segments, samples, *weights, *terms)
     with without_autocast(hidden):  # it would reach into the op
-        output = _head(*arguments, capacity, chunk_rows, longest, norms, *drawing, *wanted, dtype, impl)
-    return LinearCrossEntropy(*output[:5], output[5] if norms else None), output
+        keys = capacity, chunk_rows, longest, norms, logit_gradients
+        output = _head(*arguments, *keys, *drawing, *wanted, dtype, impl)
+    kept = output[9:11] if logit_gradients else (None, None)
+    return LinearCrossEntropy(*output[:5], output[5] if norms else None, *kept), output
 
 
 @torch.library.custom_op("fused_objectives::linear_cross_entropy", mutates_args=())
@@ -206,6 +229,7 @@ def _head(
     chunk_rows: int,
     longest: int | None,
     squared_norms: bool,
+    logit_gradients: bool,
     positions: torch.Tensor | None,
     sample_ids: torch.Tensor | None,
     visits: torch.Tensor | None,
@@ -217,12 +241,14 @@ def _head(
     bias_gradient: bool,
     dtype: torch.dtype,
     impl: str,
-) -> tuple[(torch.Tensor,) * 10]:
-    """Return total, sums, counts, losses, log-normalisers, squared norms, the gradients and the sampled tokens; what is
-    not asked for is empty. One loop over chunks serves both implementations, which differ in what it calls."""
+) -> tuple[(torch.Tensor,) * 12]:
+    """Return total, sums, counts, losses, log-normalisers, squared norms, the gradients, those by the logits and their
+    places, and the sampled tokens; what is not asked for is empty. One loop over chunks serves both implementations,
+    which differ in what it calls."""
     tokens, (vocabulary, width) = len(hidden), weight.shape
     segments = checked(segments, samples)
     is_target = (targets != IGNORED) & (segments >= 0) & (segments < samples)
+    capacity = tokens if logit_gradients else capacity
     chosen = compact(is_target, None if capacity is None else min(capacity, tokens))
     overflow = chosen.overflow
     rows, unused = len(chosen.places), chosen.places < 0
@@ -250,8 +276,9 @@ def _head(
     d_bias = bias.new_empty(vocabulary, dtype=torch.float32).copy_(overflow) if bias_gradient else None
 
     terms = Terms(label_smoothing, z_loss, soft_cap)
-    gradient = hidden_gradient or weight_gradient or bias_gradient or squared_norms
+    gradient = hidden_gradient or weight_gradient or bias_gradient or squared_norms or logit_gradients
     chunk = max(1, min(chunk_rows, rows))
+    parts = [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
     kept = 0
     if squared_norms:
         begins = per_token(spans(owners, samples, impl)[0], owners)
@@ -260,8 +287,8 @@ def _head(
             longest = rows if hidden.is_cuda or not samples else int(counts.max())
         kept = min(-(-max(longest - 1, 0) // chunk), max(rows - 1, 0) // chunk)
     padded = -(-vocabulary // ALIGNMENT) * ALIGNMENT
-    ring = hidden.new_zeros(kept + 1, chunk, padded, dtype=dtype)  # what pads stays 0, and adds nothing to the norms
-    parts = [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+    slots = len(parts) if logit_gradients else kept + 1
+    ring = hidden.new_zeros(slots, chunk, padded, dtype=dtype)  # what pads stays 0, and adds nothing to the norms
     for index, part in enumerate(parts):
         logits = _view(ring, index, part, vocabulary)
         torch.mm(inputs[part], matrix.t(), out=logits)
@@ -308,6 +335,8 @@ def _head(
         hidden.new_empty(0) if d_hidden is None else d_hidden[:tokens],
         weight.new_empty(0) if d_weight is None else d_weight.to(weight.dtype),
         zeros(0) if d_bias is None else d_bias.to(bias.dtype),
+        ring.flatten(0, 1)[:rows, :vocabulary] if logit_gradients else hidden.new_empty(0),
+        chosen.places if logit_gradients else owners[:0].clone(),
         owners.new_full((tokens + 1,), -1).index_copy_(0, destinations, sampled)[:tokens],
     )
 
@@ -319,8 +348,11 @@ def _view(ring: torch.Tensor, index: int, part: slice, columns: int) -> torch.Te
 
 @_head.register_fake
 def _(hidden, weight, bias, targets, segments, samples, *options):
-    squared_norms = options[8]
-    hidden_gradient, weight_gradient, bias_gradient = options[-5:-2]
+    squared_norms, logit_gradients = options[8:10]
+    hidden_gradient, weight_gradient, bias_gradient, dtype = options[-5:-1]
+    vocabulary = len(weight)
+    padded = -(-vocabulary // ALIGNMENT) * ALIGNMENT
+    kept = hidden.new_empty(len(hidden), padded, dtype=dtype)[:, :vocabulary]
     floats = partial(hidden.new_empty, dtype=torch.float32)
     return (
         floats(()),
@@ -332,6 +364,8 @@ def _(hidden, weight, bias, targets, segments, samples, *options):
         hidden.new_empty(hidden.shape if hidden_gradient else 0),
         weight.new_empty(weight.shape if weight_gradient else 0),
         bias.new_empty(bias.shape) if bias_gradient else floats(0),
+        kept if logit_gradients else hidden.new_empty(0),
+        floats(len(hidden) if logit_gradients else 0, dtype=torch.int64),
         floats(len(hidden), dtype=torch.int64),
     )
 
@@ -359,7 +393,7 @@ def _weigh_gradients(ctx, upstream, *_):
             if wanted:
                 scale = upstream.float().reshape((1,) * gradient.ndim)
                 gradients[index] = torch.mul(gradient, scale, out=torch.empty_like(gradient))
-    return (*gradients, *[None] * 23)
+    return (*gradients, *[None] * 24)
 
 
 _head.register_autograd(_weigh_gradients, setup_context=_keep_gradients)

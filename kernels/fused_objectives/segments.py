@@ -85,6 +85,16 @@ def per_token(values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     return F.pad(values, (0, 2))[segments.clamp(-1, len(values)).long()]  # −1 is the last
 
 
+def row_sums(rows: torch.Tensor, segments: torch.Tensor, samples: int) -> torch.Tensor:
+    """Return the sum over each sample's rows of ``rows [N, p]``, ``[S, p]`` float32; for twins.
+
+    It is what an embedding's backward does, and no host waits for it.
+    """
+    return torch.ops.aten.embedding_dense_backward(
+        rows.float(), owners(segments, samples), samples + 1, samples, False
+    )[:samples]
+
+
 @not_differentiable
 def sum_per_sample(values: torch.Tensor, segments: torch.Tensor, samples: int, impl: str = "auto") -> torch.Tensor:
     """Add up ``values [N]`` over each sample's tokens, ``[S]`` float32, in an order that does not vary between calls.

@@ -5,8 +5,10 @@ from typing import NamedTuple
 import torch
 
 from fused_objectives.embedding_norms import tied_cross_term
-from fused_objectives.linear_cross_entropy import linear_cross_entropy
+from fused_objectives.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from fused_objectives.matmul import accumulate_rows
 from fused_objectives.segments import per_token
+from fused_objectives.weighted_gradient import weighted_gradient
 from pretrain.influence.layers import LinearLayer, Measure, Use
 from pretrain.objectives.scores import CrossEntropyScore
 
@@ -22,10 +24,8 @@ class HeadUse(NamedTuple):
     """``[K, d]``."""
     segments: torch.Tensor
     """``[K]`` int64: which of the S samples a row belongs to."""
-    normalizers: torch.Tensor | None = None
-    """``[K]`` float32."""
-    norms: torch.Tensor | None = None
-    """``[S]`` float32, of the samples' losses without weights."""
+    loss: LinearCrossEntropy | None = None
+    """What came of it: norms of the samples' losses without weights, and gradients by the logits, if they are kept."""
     factor: torch.Tensor | None = None
     """``[]``: the gradient that came to the total."""
 
@@ -36,9 +36,9 @@ class HeadUse(NamedTuple):
 
     def squared_norms(self, measure: Measure) -> torch.Tensor:
         """Return each sample's squared norm of the gradient of matrix and bias, ``[S]`` float32."""
-        if self.norms is not None:
+        if self.loss.squared_norms is not None:
             weights = self.factor if self.score.weights is None else self.factor * self.score.weights
-            return self.norms * weights.square()
+            return self.loss.squared_norms * weights.square()
         loss = linear_cross_entropy(
             self.features,
             self.layer.module.weight,
@@ -59,7 +59,7 @@ class HeadUse(NamedTuple):
             self.layer.module.weight,
             self.score.labels,
             self.segments,
-            self.normalizers,
+            self.loss.log_normalizers,
             table.inputs,
             table.gradients,
             table.segments,
@@ -72,7 +72,18 @@ class HeadUse(NamedTuple):
 
     def gradients(self, weights: torch.Tensor) -> list[torch.Tensor]:
         """Return Σ_s w_s · gradient of sample s of the matrix, and of a trained bias; weights are ``[S]``."""
-        matrix, *bias = self.layer.parameters
-        rows = per_token(weights * self.factor, self.segments)
-        found = self.score.gradients(self.features, self.layer.module.weight, self.bias, rows)
-        return [gradient.to(each.dtype) for gradient, each in zip(found, [matrix, *bias], strict=False)]
+        weights = weights * self.factor
+        if self.loss.logit_gradients is None:
+            rows = per_token(weights, self.segments)
+            found = self.score.gradients(self.features, self.layer.module.weight, self.bias, rows)
+        else:
+            found = self._of_kept(weights if self.score.weights is None else weights * self.score.weights)
+        return [gradient.to(each.dtype) for gradient, each in zip(found, self.layer.parameters, strict=False)]
+
+    def _of_kept(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        slopes, places = self.loss.logit_gradients, self.loss.places
+        segments = torch.where(places < 0, -1, self.segments[places])
+        matrix = weighted_gradient(self.features[places].to(slopes.dtype), slopes, segments, weights)
+        bias = weights.new_zeros(slopes.shape[1])
+        accumulate_rows(bias, slopes, per_token(weights, segments))
+        return matrix, bias

@@ -16,10 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fused_objectives.embedding_norms import embedding_norms
 from fused_objectives.linear_norms import linear_norms
-from fused_objectives.matmul import accumulate_rows
 from fused_objectives.segments import per_token
 from fused_objectives.sketched_norms import sketched_norms
-from fused_objectives.vector_norms import bias_norms, layer_norm_norms
+from fused_objectives.vector_gradients import bias_gradients, layer_norm_gradients
 from fused_objectives.weighted_gradient import weighted_gradient
 from pretrain.model.rows import Rows
 
@@ -33,13 +32,16 @@ class Use(NamedTuple):
     """``[N, p]`` floating, at the outputs."""
     segments: torch.Tensor
     """``[N]`` int64: which sample a row belongs to, −1 for none."""
+    vectors: tuple[torch.Tensor, ...] = ()
+    """Each sample's gradient of a bias, a scale, a shift, ``[S, p]`` float32 each."""
 
     @staticmethod
     def joined(uses: list["Use"]) -> "Use":
         """Return all uses as one, in which each sample's rows are one run."""
-        parts = [torch.cat(each) for each in zip(*uses, strict=True)]
+        parts = [torch.cat(each) for each in zip(*(use[:3] for use in uses), strict=True)]
         order = parts[-1].argsort(stable=True)
-        return Use(*(part[order] for part in parts))
+        vectors = zip(*(use.vectors for use in uses), strict=True)
+        return Use(*(part[order] for part in parts), tuple(sum(each) for each in vectors))
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,13 @@ class Layer(ABC):
         return outputs, rows.of(inputs.shape[:-1])
 
     def use(self, inputs: torch.Tensor, gradients: torch.Tensor, segments: torch.Tensor) -> Use:
-        """Return what is to be kept of a call."""
+        """Return what came to a call, by rows."""
         gradients = gradients.flatten(0, -2)
         return Use(inputs.detach().flatten(0, -2).to(gradients.dtype), gradients, segments)
+
+    def kept(self, use: Use, measure: Measure) -> Use:
+        """Return what is to be kept of a use whose samples' rows are runs: with each sample's gradients of vectors."""
+        return use
 
     @abstractmethod
     def squared_norms(self, use: Use, measure: Measure) -> torch.Tensor:
@@ -112,28 +118,25 @@ class LinearLayer(Layer):
     def fits(module: nn.Module) -> bool:
         return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
-    @property
-    def has_bias(self) -> bool:
-        """Whether it has a bias."""
-        return len(self.parameters) > 1
+    def kept(self, use: Use, measure: Measure) -> Use:
+        biases = self.parameters[1:]
+        return use._replace(
+            vectors=tuple(bias_gradients(*use[1:3], measure.samples, impl=measure.impl) for _ in biases)
+        )
 
     def squared_norms(self, use: Use, measure: Measure) -> torch.Tensor:
-        operands, impl = (*use, measure.samples), measure.impl
+        operands, impl = (*use[:3], measure.samples), measure.impl
         if measure.score == "gram":
-            return linear_norms(*operands, bias=self.has_bias, longest=measure.longest, impl=impl)
-        sketch = {"seed": measure.seed, "stream": f"{measure.stream}/{self.name}", "size": measure.sketch_size}
-        norms = sketched_norms(*operands, **sketch, impl=impl)
-        return norms + bias_norms(*operands[1:], impl=impl) if self.has_bias else norms
+            norms = linear_norms(*operands, longest=measure.longest, impl=impl)
+        else:
+            stream = f"{measure.stream}/{self.name}"
+            norms = sketched_norms(*operands, seed=measure.seed, stream=stream, size=measure.sketch_size, impl=impl)
+        return sum(map(_squares, use.vectors), norms)
 
     def gradients(self, use: Use, weights: torch.Tensor) -> list[torch.Tensor]:
-        matrix, *bias = self.parameters
         operands = use[:2] if isinstance(self.module, nn.Linear) else (use.gradients, use.inputs)
-        found = [weighted_gradient(*operands, use.segments, weights, dtype=matrix.dtype)]
-        for each in bias:
-            sums = each.new_zeros(each.shape, dtype=torch.float32)
-            accumulate_rows(sums, use.gradients, per_token(weights, use.segments))
-            found.append(sums.to(each.dtype))
-        return found
+        matrix = weighted_gradient(*operands, use.segments, weights, dtype=self.parameters[0].dtype)
+        return [matrix, *_weighted(use.vectors, weights, self.parameters[1:])]
 
 
 class NormLayer(Layer):
@@ -149,18 +152,20 @@ class NormLayer(Layer):
         weight = getattr(module, "weight", None)
         return named and weight is not None and weight.ndim == 1 and len(list(module.parameters())) == 1
 
-    def squared_norms(self, use: Use, measure: Measure) -> torch.Tensor:
+    def kept(self, use: Use, measure: Measure) -> Use:
+        """Keep no rows: of vectors alone nothing else is needed."""
         rms = not isinstance(self.module, nn.LayerNorm)
         eps = getattr(self.module, "eps", None) or getattr(self.module, "variance_epsilon", None)
         eps = torch.finfo(use.inputs.dtype).eps if eps is None else eps
-        operands = use.gradients, use.inputs, use.segments, measure.samples
-        shift = len(self.parameters) > 1
-        return layer_norm_norms(*operands, eps=eps, rms=rms, shift=shift, impl=measure.impl)
+        operands, shift = (use.gradients, use.inputs, use.segments, measure.samples), len(self.parameters) > 1
+        vectors = layer_norm_gradients(*operands, eps=eps, rms=rms, shift=shift, impl=measure.impl)
+        return Use(*(part.new_empty(0, *part.shape[1:]) for part in use[:3]), vectors.unbind())
+
+    def squared_norms(self, use: Use, measure: Measure) -> torch.Tensor:
+        return sum(map(_squares, use.vectors))
 
     def gradients(self, use: Use, weights: torch.Tensor) -> list[torch.Tensor]:
-        with torch.enable_grad():
-            outputs = self.run(self.module, use.inputs)
-        return list(torch.autograd.grad(outputs, self.parameters, weighted_rows(use, weights)))
+        return _weighted(use.vectors, weights, self.parameters)
 
 
 class TableLayer(Layer):
@@ -204,7 +209,8 @@ class TableLayer(Layer):
         return embedding_norms(*operands, impl=measure.impl)
 
     def gradients(self, use: Use, weights: torch.Tensor) -> list[torch.Tensor]:
-        (table,), rows = self.parameters, weighted_rows(use, weights)
+        (table,) = self.parameters
+        rows = (use.gradients * per_token(weights, use.segments)[:, None]).to(use.gradients.dtype)
         return [torch.ops.aten.embedding_dense_backward(rows, use.inputs, len(table), -1, False).to(table.dtype)]
 
 
@@ -254,6 +260,13 @@ def with_parameters(module: nn.Module, change: Callable[[nn.Parameter], torch.Te
     return twin
 
 
-def weighted_rows(use: Use, weights: torch.Tensor) -> torch.Tensor:
-    """Return the gradients ``[N, p]``, each row times the weight of its sample, or 0."""
-    return (use.gradients * per_token(weights, use.segments)[:, None]).to(use.gradients.dtype)
+def _squares(vectors: torch.Tensor) -> torch.Tensor:
+    """Return each sample's squared norm of ``[S, p]``."""
+    return vectors.square().sum(1)
+
+
+def _weighted(
+    vectors: tuple[torch.Tensor, ...], weights: torch.Tensor, parameters: list[nn.Parameter]
+) -> list[torch.Tensor]:
+    """Return Σ_s w_s · gradient of sample s of each parameter."""
+    return [(weights @ each).to(parameter.dtype) for each, parameter in zip(vectors, parameters, strict=True)]

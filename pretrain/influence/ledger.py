@@ -8,6 +8,9 @@ from torch import nn
 from pretrain.influence.heads import HeadUse
 from pretrain.influence.layers import Layer, Measure, Use
 
+_ROOM = 0.25
+"""Of the gradients at the layers' outputs: what may be kept besides them to save time."""
+
 
 class Ledger:
     """Takes what layers tell in a backward. Layers that share a matrix are one: their gradients add up, and the squared
@@ -23,6 +26,8 @@ class Ledger:
     def __init__(self, measured: Collection[int], measure: Measure, keeps: bool, device: torch.device):
         self.measured, self.measure, self.keeps = measured, measure, keeps
         self.expected: dict[int, int] = {}
+        self.numbers = 0
+        """Of the outputs of layers so far; as many gradients will come."""
         self.uses: dict[int, list[tuple[Layer, Use | HeadUse]]] = {}
         self.norms = torch.zeros(measure.samples, device=device)
 
@@ -30,19 +35,24 @@ class Ledger:
         """Whether the layer's norms are asked for."""
         return id(layer.parameters[0]) in self.measured
 
+    def has_room(self, numbers: int) -> bool:
+        """Whether so many numbers are few beside the gradients that will come."""
+        return numbers <= _ROOM * self.numbers
+
     def expect(self, layer: Layer) -> None:
         """Take note of a call, of which the backward may tell."""
         key = id(layer.parameters[0])
         self.expected[key] = self.expected.get(key, 0) + 1
 
     def keep(self, layer: Layer, use: Use | HeadUse) -> None:
-        """Take what the backward of a call tells; measure as soon as all calls of the matrix have told.
+        """Take what the backward of a call tells, a sample's rows in one run; measure as soon as all calls of the
+        matrix have told.
 
         Then its layer's weights are at hand, at ZeRO-3 too.
         """
         key = id(layer.parameters[0])
         uses = self.uses.setdefault(key, [])
-        uses.append((layer, use))
+        uses.append((layer, use if isinstance(use, HeadUse) else layer.kept(use, self.measure)))
         if len(uses) == self.expected[key]:
             self._measure(key)
 

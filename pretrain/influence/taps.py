@@ -58,6 +58,7 @@ class Tap:
         if rows is not None:  # in a checkpoint's second forward nobody says, nor need be told
             outputs, segments = self.layer.spread(outputs, inputs, rows)
             tell = self._teller(segments, rows.scattered)
+            self.ledger.numbers += outputs.numel()
         return _Told.apply(outputs, inputs, self.anchor, tell)
 
     def scored(self, score: Score, features: torch.Tensor) -> Any:
@@ -75,9 +76,10 @@ class Tap:
         bias = None if bias is None else bias.detach().clone()  # not the parameter, which ZeRO-3 empties
         use = HeadUse(self.layer, inner, bias, features.detach(), segments)
         measured = self.ledger.measures(self.layer) and not rows.scattered
-        result = score(features, module.weight, module.bias, **({"squared_norms": True} if measured else {}))
+        kept = self.anchor is not None and self.ledger.has_room(len(features) * len(module.weight))
+        result = score(features, module.weight, module.bias, squared_norms=measured, logit_gradients=kept)
         loss = result.loss if isinstance(result, Sampled) else result
-        use = use._replace(normalizers=loss.log_normalizers, norms=loss.squared_norms)
+        use = use._replace(loss=loss._replace(total=None))
         self.ledger.expect(self.layer)
         told = _Told.apply(loss.total, features.detach(), self.anchor, partial(self._tell_head, use))
         loss = loss._replace(total=told)

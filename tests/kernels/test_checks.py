@@ -21,7 +21,7 @@ from fused_objectives.replacing import replace_tokens
 from fused_objectives.segments import per_token, spans, sum_per_sample
 from fused_objectives.sketched_norms import sketched_norms
 from fused_objectives.swapping import swap_tokens
-from fused_objectives.vector_norms import bias_norms, layer_norm_norms
+from fused_objectives.vector_gradients import bias_gradients, layer_norm_gradients
 from fused_objectives.weighted_gradient import weighted_gradient
 
 N, S, V, WIDTH = 16, 4, 11, 8
@@ -65,8 +65,8 @@ OPS: dict[Callable, dict] = {
     linear_norms_and_gradient: LAYER | {"weights": random(S)},
     partial(sketched_norms, **KEY): LAYER,
     weighted_gradient: {name: LAYER[name] for name in ("inputs", "gradients", "segments")} | {"weights": random(S)},
-    bias_norms: {name: LAYER[name] for name in ("gradients", "segments", "samples")},
-    partial(layer_norm_norms, eps=1e-5): LAYER | {"inputs": random(N, 6)},
+    bias_gradients: {name: LAYER[name] for name in ("gradients", "segments", "samples")},
+    partial(layer_norm_gradients, eps=1e-5): LAYER | {"inputs": random(N, 6)},
     embedding_norms: EMBEDDING,
     tied_cross_term: EMBEDDING
     | {"hidden": random(5, WIDTH), "weight": random(V, WIDTH), "targets": integers(5), "log_normalizers": random(5)}

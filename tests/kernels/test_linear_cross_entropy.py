@@ -299,6 +299,22 @@ def test_gradients_computed_anew_are_those_of_the_total(device, impl):
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("chunk_rows", [None, 7])
+def test_gradients_by_the_logits_are_kept_for_weights_that_are_known_later(place, impl, chunk_rows):
+    batch = make(place.device, place.dtype, vocabulary=53)
+    options = {"impl": impl, "chunk_rows": chunk_rows, **EVERYTHING}
+    _, *expected = batch.run(linear_cross_entropy_gradients, **options)
+    loss = batch._replace(sample_weights=None).run(squared_norms=True, logit_gradients=True, **options)
+    slopes, places = loss.logit_gradients.double(), loss.places
+    is_target = (batch.targets != IGNORED) & (batch.segments >= 0)
+    assert places[places >= 0].tolist() == is_target.nonzero()[:, 0].tolist() and not slopes[places < 0].any()
+    weighted = slopes * torch.where(places < 0, 0, batch.sample_weights[batch.segments[places]])[:, None]
+    for mine, theirs in zip((weighted.T @ batch.hidden[places].double(), weighted.sum(0)), expected, strict=True):
+        assert_same(mine.to(place.dtype), theirs, place.dtype)
+    assert_same(loss.squared_norms, batch.run(squared_norms=True, **options).squared_norms, place.dtype)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_strides_do_not_matter(place, impl):
     batch = make(place.device, place.dtype, vocabulary=53)._replace(token_weights=torch.full((48,), 2.0))
     batch = batch._replace(token_weights=batch.token_weights.to(place.device))
@@ -526,10 +542,12 @@ def test_it_is_a_proper_operator_and_compiles_into_one_graph(device, impl):
 
     leaves = batch.fresh().leaves()
     weights = (batch.sample_weights, batch.token_weights, 0.1, 0.01, 3.0)
-    sizes, sampling = (None, 9, None, True), (None, None, None, 0, "", 1.0)
+    sizes, sampling = (None, 9, None, True, False), (None, None, None, 0, "", 1.0)
     arguments = (*leaves, batch.targets, batch.segments, 5, *weights, *sizes, *sampling)
     torch.library.opcheck(module._head, (*arguments, True, True, True, torch.float32, impl))
     torch.library.opcheck(module._head, (*arguments, True, False, False, torch.float32, impl))
+    keeping = (*arguments[:14], True, *arguments[15:])
+    torch.library.opcheck(module._head, (*keeping, True, False, False, torch.float32, impl))
 
 
 def test_torchs_flop_counter_sees_the_products_over_the_targets():

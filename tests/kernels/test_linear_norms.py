@@ -36,11 +36,11 @@ def test_norms_are_those_of_autograd_on_each_sample_alone(place, impl, d, p, bia
 
 @pytest.mark.parametrize(("longest", "method"), [(None, "instantiate"), (70, "instantiate"), (63, "gram"), (1, "gram")])
 def test_the_method_changes_where_the_longest_sample_crosses_over(monkeypatch, longest, method):
-    """d = p = 128 puts the crossover at 64; the longest sample has 70."""
+    """d = p = 64 puts the twin's crossover at 64; the longest sample has 70."""
     grams = []
-    monkeypatch.setattr(module, "gram_row_sums", lambda *a, **k: grams.append(1) or torch.zeros(len(segments)))
+    monkeypatch.setattr(module, "_gram_torch", lambda *a: grams.append(1) or torch.zeros(SAMPLES))
     segments = packed_segments()
-    linear_norms(*torch.randn(2, len(segments), 128), segments, SAMPLES, longest=longest)
+    linear_norms(*torch.randn(2, len(segments), 64), segments, SAMPLES, longest=longest)
     assert bool(grams) == (method == "gram")
 
 

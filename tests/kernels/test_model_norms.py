@@ -7,7 +7,7 @@ from torch import nn
 
 from fused_objectives.embedding_norms import embedding_norms, tied_cross_term
 from fused_objectives.linear_norms import linear_norms
-from fused_objectives.vector_norms import layer_norm_norms
+from fused_objectives.vector_gradients import layer_norm_gradients
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.one_by_one import SAMPLES, packed_segments
 
@@ -91,7 +91,7 @@ def test_a_tied_models_norms_add_up_to_those_of_its_whole_gradient(place, impl, 
         ours += linear_norms(kept[name, "inputs"], kept[name, "gradients"], bias=bias, method=method, **packed)
     for name, rms in (("norm", False), ("last_norm", True)):
         operands = kept[name, "gradients"], kept[name, "inputs"]
-        ours += layer_norm_norms(*operands, eps=EPS, rms=rms, shift=not rms, **packed)
+        ours += layer_norm_gradients(*operands, eps=EPS, rms=rms, shift=not rms, **packed).square().sum((0, 2))
     ours += embedding_norms(kept["embedding", "gradients"], tokens, **packed)
     hidden, weight = kept["head", "inputs"], model.head.weight.detach().to(place.dtype)
     targets = tokens.new_full(segments.shape, -100)
@@ -122,7 +122,7 @@ def test_an_untied_models_norms_are_opacuss():
         if isinstance(layer, nn.Linear):
             ours = linear_norms(inputs, gradient, bias=layer.bias is not None, **packed)
         elif isinstance(layer, nn.LayerNorm):
-            ours = layer_norm_norms(gradient, inputs, eps=EPS, **packed)
+            ours = layer_norm_gradients(gradient, inputs, eps=EPS, **packed).square().sum((0, 2))
         else:
             ours = embedding_norms(gradient, inputs, **packed)
         assert torch.allclose(ours, theirs, rtol=1e-5), name

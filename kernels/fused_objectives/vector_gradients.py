@@ -1,19 +1,25 @@
-"""Per-sample gradient norms of parameters that are vectors: biases, and the scales and shifts of normalisations."""
+"""Per-sample gradients of parameters that are vectors: biases, and the scales and shifts of normalisations.
+
+They are as small as a row of the activations, so unlike a matrix's they are formed: norms and weighted sums of them
+then cost next to nothing.
+"""
 
 import torch
 import torch.nn.functional as F
 
 from fused_objectives.backend import Configuration, jit, not_differentiable, tl, uses_triton
 from fused_objectives.checks import FLOATING, INTEGER, check
-from fused_objectives.segments import checked, runs, spans
+from fused_objectives.segments import checked, row_sums, spans
 
 _SUMS = {"ROWS": 32, "COLUMNS": 64}
 _STATISTICS = {"ROWS": 8, "COLUMNS": 256}
 
 
 @not_differentiable
-def bias_norms(gradients: torch.Tensor, segments: torch.Tensor, samples: int, *, impl: str = "auto") -> torch.Tensor:
-    """Return each sample's squared gradient norm of a bias, ‖Σ_t g_t‖², ``[S]`` float32. Not differentiable.
+def bias_gradients(
+    gradients: torch.Tensor, segments: torch.Tensor, samples: int, *, impl: str = "auto"
+) -> torch.Tensor:
+    """Return each sample's gradient of a bias, Σ_t g_t, ``[S, p]`` float32. Not differentiable.
 
     Args:
         gradients: ``[N, p]`` floating, gradients at the layer's outputs.
@@ -27,11 +33,11 @@ def bias_norms(gradients: torch.Tensor, segments: torch.Tensor, samples: int, *,
     Np FLOPs; reads the gradients once.
     """
     check({"gradients": (gradients, "Np", FLOATING), "segments": (segments, "N", INTEGER)}, impl, samples)
-    return _bias_norms(gradients, segments, samples, impl)
+    return _bias_gradients(gradients, segments, samples, impl)
 
 
 @not_differentiable
-def layer_norm_norms(
+def layer_norm_gradients(
     gradients: torch.Tensor,
     inputs: torch.Tensor,
     segments: torch.Tensor,
@@ -42,8 +48,8 @@ def layer_norm_norms(
     shift: bool = True,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Return each sample's squared gradient norm of a LayerNorm's or RMSNorm's parameters, ``[S]`` float32:
-    ‖Σ_t g_t ∘ x̂_t‖² for the scale, and ‖Σ_t g_t‖² for the shift. Not differentiable.
+    """Return each sample's gradients of a LayerNorm's or RMSNorm's parameters, ``[k, S, p]`` float32: Σ_t g_t ∘ x̂_t for
+    the scale and, with k = 2, Σ_t g_t for the shift. Not differentiable.
 
     Args:
         gradients: ``[N, p]`` floating, gradients at the outputs.
@@ -62,31 +68,24 @@ def layer_norm_norms(
     """
     tensors = {"gradients": (gradients, "Np", FLOATING), "inputs": (inputs, "Np", FLOATING)}
     check(tensors | {"segments": (segments, "N", INTEGER)}, impl, samples)
-    return _layer_norm_norms(gradients, inputs, segments, samples, eps, rms, shift, impl)
+    return _layer_norm_gradients(gradients, inputs, segments, samples, eps, rms, shift, impl)
 
 
-@torch.library.custom_op("fused_objectives::bias_norms", mutates_args=())
-def _bias_norms(gradients: torch.Tensor, segments: torch.Tensor, samples: int, impl: str) -> torch.Tensor:
-    return squared_sums(gradients, checked(segments, samples), samples, impl)
-
-
-@_bias_norms.register_fake
-def _(gradients, segments, samples, impl):
-    return gradients.new_empty(samples, dtype=torch.float32)
-
-
-def squared_sums(gradients: torch.Tensor, segments: torch.Tensor, samples: int, impl: str) -> torch.Tensor:
-    """The op within others, which have checked their arguments."""
+@torch.library.custom_op("fused_objectives::bias_gradients", mutates_args=())
+def _bias_gradients(gradients: torch.Tensor, segments: torch.Tensor, samples: int, impl: str) -> torch.Tensor:
+    segments = checked(segments, samples)
     if uses_triton(impl, gradients):
-        return _norms_triton(gradients, None, None, segments, samples, True)
-    sums = gradients.new_zeros(samples, gradients.shape[1], dtype=torch.float32)
-    for sample, rows in runs(segments, gradients):
-        torch.sum(rows, 0, dtype=torch.float32, out=sums[sample])
-    return sums.square().sum(1)
+        return _sums_triton(gradients, None, None, segments, samples, True)[0]
+    return row_sums(gradients, segments, samples)
 
 
-@torch.library.custom_op("fused_objectives::layer_norm_norms", mutates_args=())
-def _layer_norm_norms(
+@_bias_gradients.register_fake
+def _(gradients, segments, samples, impl):
+    return gradients.new_empty(samples, gradients.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("fused_objectives::layer_norm_gradients", mutates_args=())
+def _layer_norm_gradients(
     gradients: torch.Tensor,
     inputs: torch.Tensor,
     segments: torch.Tensor,
@@ -98,21 +97,15 @@ def _layer_norm_norms(
 ) -> torch.Tensor:
     segments = checked(segments, samples)
     if uses_triton(impl, gradients):
-        return _norms_triton(gradients, inputs, _statistics_triton(inputs, eps, rms), segments, samples, shift)
+        return _sums_triton(gradients, inputs, _statistics_triton(inputs, eps, rms), segments, samples, shift)
     normalise = F.rms_norm if rms else F.layer_norm
-    width = gradients.shape[1:]
-    sums = gradients.new_zeros(2, samples, *width, dtype=torch.float32)  # of the scale and of the shift
-    for sample, rows, into in runs(segments, gradients, inputs):
-        rows, normalised = rows.float(), normalise(into.float(), width, eps=eps)
-        torch.sum(rows * normalised, 0, out=sums[0, sample])
-        if shift:
-            torch.sum(rows, 0, out=sums[1, sample])
-    return sums.square().sum((0, 2))
+    normalised = normalise(inputs.float(), gradients.shape[1:], eps=eps).mul_(gradients)
+    return torch.stack([row_sums(each, segments, samples) for each in (normalised, gradients)[: 1 + shift]])
 
 
-@_layer_norm_norms.register_fake
+@_layer_norm_gradients.register_fake
 def _(gradients, inputs, segments, samples, eps, rms, shift, impl):
-    return gradients.new_empty(samples, dtype=torch.float32)
+    return gradients.new_empty(1 + shift, samples, gradients.shape[1], dtype=torch.float32)
 
 
 def _statistics_triton(inputs: torch.Tensor, eps: float, rms: bool) -> torch.Tensor:
@@ -125,31 +118,27 @@ def _statistics_triton(inputs: torch.Tensor, eps: float, rms: bool) -> torch.Ten
     return statistics
 
 
-def _norms_triton(gradients, inputs, statistics, segments, samples, shift):
+def _sums_triton(gradients, inputs, statistics, segments, samples, shift):
     rows, width = gradients.shape
-    tiles = -(-width // _SUMS["COLUMNS"])
-    if not samples * tiles:
-        return gradients.new_zeros(samples, dtype=torch.float32)
-    parts = gradients.new_empty(samples, tiles, dtype=torch.float32)
-    starts, ends = spans(segments, samples, "triton")
     scale = inputs is not None
-    inputs, statistics = (inputs, statistics) if scale else (gradients, parts)  # or not read
-    vector_norms_kernel[(samples, tiles)](
-        gradients,
-        inputs,
-        statistics,
-        starts,
-        ends,
-        parts,
-        *gradients.stride(),
-        *inputs.stride(),
-        rows,
-        width,
-        SCALE=scale,
-        SHIFT=shift,
-        **_SUMS,
-    )
-    return parts.sum(1)
+    sums = gradients.new_empty(scale + shift, samples, width, dtype=torch.float32)
+    if sums.numel():
+        inputs, statistics = (inputs, statistics) if scale else (gradients, sums)  # or not read
+        vector_sums_kernel[(samples, -(-width // _SUMS["COLUMNS"]))](
+            gradients,
+            inputs,
+            statistics,
+            *spans(segments, samples, "triton"),
+            sums,
+            *gradients.stride(),
+            *inputs.stride(),
+            rows,
+            width,
+            SCALE=scale,
+            SHIFT=shift,
+            **_SUMS,
+        )
+    return sums
 
 
 @jit(do_not_specialize=["rows"])
@@ -187,13 +176,13 @@ def statistics_kernel(
 
 
 @jit(do_not_specialize=["rows"])
-def vector_norms_kernel(
+def vector_sums_kernel(
     gradients_ptr,
     inputs_ptr,
     statistics_ptr,
     starts_ptr,
     ends_ptr,
-    parts_ptr,
+    sums_ptr,
     gradients_row_stride,
     gradients_column_stride,
     inputs_row_stride,
@@ -205,7 +194,7 @@ def vector_norms_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program a sample and tile of columns: sums over the sample's rows, then the sum of their squares."""
+    """One program a sample and tile of columns: the scale's sums over the sample's rows, then the shift's."""
     sample, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, end = tl.load(starts_ptr + sample), tl.load(ends_ptr + sample)
     column = (tile * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)  # for strides of as many rows as there may be
@@ -225,14 +214,12 @@ def vector_norms_kernel(
             mean = tl.load(statistics_ptr + row, mask=row < end, other=0.0)
             reciprocal = tl.load(statistics_ptr + rows + row, mask=row < end, other=0.0)
             scale += gradients * (inputs - mean[:, None]) * reciprocal[:, None]
-    norm = 0.0
+    sums_ptr += sample * width + column
     if SCALE:
-        sums = tl.sum(scale, 0)
-        norm += tl.sum(sums * sums)
+        tl.store(sums_ptr, tl.sum(scale, 0), mask=column < width)
+        sums_ptr += tl.num_programs(0).to(tl.int64) * width
     if SHIFT:
-        sums = tl.sum(shift, 0)
-        norm += tl.sum(sums * sums)
-    tl.store(parts_ptr + sample * tl.num_programs(1) + tile, norm)
+        tl.store(sums_ptr, tl.sum(shift, 0), mask=column < width)
 
 
 CONFIGURATIONS = [
@@ -246,9 +233,9 @@ CONFIGURATIONS = [
     for rms in (False, True)
 ] + [
     Configuration(
-        vector_norms_kernel,
+        vector_sums_kernel,
         {"gradients_ptr": f"*{element}", "inputs_ptr": f"*{element}", "statistics_ptr": "*fp32"}
-        | {"starts_ptr": "*i64", "ends_ptr": "*i64", "parts_ptr": "*fp32"}
+        | {"starts_ptr": "*i64", "ends_ptr": "*i64", "sums_ptr": "*fp32"}
         | {f"{what}_{kind}_stride": "i64" for what in ("gradients", "inputs") for kind in ("row", "column")}
         | {"rows": "i64", "width": "i32"},
         {"SCALE": scale, "SHIFT": shift, **_SUMS},
