@@ -8,10 +8,12 @@ from torch.func import functional_call
 
 from pretrain.errors import UserError
 from pretrain.model.attention import Layout
+from pretrain.model.classifier import sequence_classifier
 from pretrain.model.disentangled import DisentangledEmbedding, folded
 from pretrain.model.multi_objective import MultiObjectiveModel
 from pretrain.objectives.base import build_objectives, parse_objectives
 from tests.builders import PAD, VOCABULARY, lay_out, random_samples, tiny_encoder
+from tests.objectives.builders import model_with
 
 UNTIED = {"tie_word_embeddings": False}
 OWN_PART = "encoder.backbone.embeddings.word_embeddings"
@@ -136,6 +138,16 @@ def test_a_folded_model_computes_the_same_and_the_training_model_stays(family):
     whole.get_input_embeddings().weight.zero_()
     after = {name: (id(each), each) for name, each in model.named_parameters()}
     assert all(after[name][0] == old[0] and torch.equal(after[name][1], old[1]) for name, old in before.items())
+
+
+@torch.no_grad()
+def test_an_end_tasks_classifier_has_the_folded_embedding():
+    model = model_with("end_task")
+    embedding = DisentangledEmbedding(model.encoder.backbone.get_input_embeddings())
+    model.encoder.backbone.set_input_embeddings(embedding)
+    separated(model)
+    classifier = sequence_classifier(model.encoder, model.heads["end_task"])
+    assert torch.equal(classifier.get_input_embeddings().weight, embedding.common.weight + embedding.delta.weight)
 
 
 def test_a_model_without_disentangled_embeddings_is_folded_already():

@@ -16,6 +16,7 @@ RECIPES = [
     ("modernbert", {"clm": {}, "rtd": {}}),
     ("roberta", {"cse": {"group_rows": 2}, "rtd": {}, "mlm": {}}),
     ("bert", {"itd": {"source": "generator"}, "rtd": {}, "std": {}, "dtd": {}, "sop": {}}),
+    ("electra", {"itd": {"source": "generator"}, "rtd": {"generator": {"embeddings": "disentangled"}}, "std": {}}),
     ("modernbert", {"rtd": {"source": "unigram"}, "itd": {}, "guided_mlm": {}, "mlm": {}}),
     ("llama", {"clm": {}}),
     ("gpt2", {"clm": {}, "cse": {"group_rows": 2, "pooling": "mean"}}),
