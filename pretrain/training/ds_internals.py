@@ -98,24 +98,26 @@ def read_gradient(engine: DeepSpeedEngine) -> list[Tensor]:
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     cut = shards(engine)
-    parts = [torch.zeros_like(flat.master, dtype=torch.float32) for flat in cut]
+    parts = [torch.empty_like(flat.master, dtype=torch.float32) for flat in cut]
     if stage == 3:
         for part, summed in zip(parts, _summed_by_stage_3(optimizer, parts), strict=True):
             part.copy_(summed)
     elif _sums_in_flats(engine):
         for index, part in enumerate(parts):
-            if (summed := optimizer.averaged_gradients.get(index)) is not None:
-                part.copy_(summed.flat_partition)
+            summed = optimizer.averaged_gradients.get(index)
+            part.zero_() if summed is None else part.copy_(summed.flat_partition)
     else:
         for index, (flat, part) in enumerate(zip(cut, parts, strict=True)):
             whole = _summed_by_parameter(engine, index, flat)
             own = {id(fragment.parameter): fragment for fragment in flat.fragments}
+            part[max((each.offset + each.numel for each in flat.fragments), default=0) :].zero_()  # the padding
             for parameter in flat.parameters:
                 summed = whole.get(id(parameter))
                 if stage < 2:
                     summed = _mean_over_ranks(parameter, summed)
-                if summed is not None and (fragment := own.get(id(parameter))) is not None:
-                    fragment.of(part).copy_(fragment.within(summed))
+                if (fragment := own.get(id(parameter))) is not None:
+                    own_part = fragment.of(part)
+                    own_part.zero_() if summed is None else own_part.copy_(fragment.within(summed))
     return parts
 
 
