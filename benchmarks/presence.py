@@ -2,7 +2,8 @@
 
 A whole step is timed, from the batch to the update of the weights. All ways to weigh take turns on one model, and
 ratios are taken round by round; on a CPU of CPU time. Samples are all as long as a row, and rows are not packed: for
-the exact norms that is the dearest case.
+the exact norms that is the dearest case. Beside the memory stands that of the activations, which autograd keeps in a
+uniform step.
 
     python -m benchmarks.presence
 """
@@ -11,7 +12,6 @@ import argparse
 import ctypes
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import ROOT, append_result, default_store, environment, print_table
+from benchmarks.common import ROOT, append_result, default_store, environment, now, print_table
 from benchmarks.training import build_trainer
 from pretrain.data.output import whole_folder
 from pretrain.data.store import Store, StoreWriter
@@ -54,6 +54,8 @@ GOALS = {
 }
 """Way and tokens of a sample → the most that a step may cost, in uniform ones."""
 WARMUP_ROUNDS = 1
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Of glibc's ``mallopt``."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,11 +65,11 @@ def parser() -> argparse.ArgumentParser:
     config = ROOT / "configs" / "ds" / ("zero2-bf16.json" if gpu else "cpu.json")
     add = parser.add_argument
     add("--sequences", type=int, nargs="+", default=[128, 512], metavar="TOKENS", help="of every sample")
-    add("--layers", type=int, default=12 if gpu else 4, metavar="N", help="of the BERT; base has 12")
+    add("--layers", type=int, default=12, metavar="N", help="of the BERT; base has 12")
     add("--hidden", type=int, default=768, metavar="N", help="width of the BERT, 64 a head; base has 768")
     add("--vocabulary", type=int, default=30522, metavar="N", help="entries of the tokenizer")
     add("--tokens", type=int, default=32768 if gpu else 2048, metavar="N", help="of a step's batch")
-    add("--rounds", type=int, default=5, metavar="N", help="turns of each way to weigh")
+    add("--rounds", type=int, default=5 if gpu else 3, metavar="N", help="turns of each way to weigh")
     add("--threads", type=int, default=1, metavar="N", help="of torch, on a CPU")
     add("--ds_config", type=Path, default=config, metavar="FILE", help="DeepSpeed JSON")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
@@ -126,6 +128,7 @@ def measure(args: argparse.Namespace, sequence: int, rows: int, parts: int, ways
         trainer = build_trainer(recipe_from(document, "benchmarks/presence.py"), args.ds_config)
         ways = {UNIFORM: {}, **ways}
         seconds = step_seconds(trainer, ways, args.rounds)
+        activations = activation_mebibytes(trainer)
         peaks = {title: peak_mebibytes(trainer, keys) for title, keys in ways.items()}
         passes = {title: _passes(trainer, keys) for title, keys in ways.items()}
         trainer.engine.close()
@@ -147,6 +150,7 @@ def measure(args: argparse.Namespace, sequence: int, rows: int, parts: int, ways
                 "goal": goal,
                 "met": None if goal is None else "yes" if value <= goal else "no",
                 "more at the peak, MiB": peaks[title] - peaks[UNIFORM],
+                "activations, MiB": activations,
             }
         )
     return table
@@ -159,10 +163,10 @@ def step_seconds(trainer: Trainer, ways: Mapping[str, dict], rounds: int) -> dic
     for turn in range(WARMUP_ROUNDS + rounds):
         for title, weighing in weighings.items():
             trainer.weighing = weighing
-            began = _now()
+            began = now()
             trainer.train_step()
             if turn >= WARMUP_ROUNDS:
-                seconds[title].append(_now() - began)
+                seconds[title].append(now() - began)
     return seconds
 
 
@@ -174,12 +178,37 @@ def peak_mebibytes(trainer: Trainer, keys: dict) -> float:
         before = torch.cuda.memory_allocated()
         trainer.train_step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what tensors give back leaves the process at once
-    trainer.train_step()
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)  # what tensors give back leaves the process at once
+    libc.malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     trainer.train_step()
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 25)  # the most to which both grow by themselves
+    libc.mallopt(_TRIM_THRESHOLD, 1 << 26)
     return (_status("VmHWM") - before) / 1024
+
+
+def activation_mebibytes(trainer: Trainer) -> float:
+    """Return what autograd keeps in a uniform step (of its largest micro-step) besides the weights, in MiB."""
+    weights = {each.untyped_storage().data_ptr() for each in trainer.model.parameters()}
+    kept: list[dict[int, int]] = [{}]  # storage → bytes, of each micro-step
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[-1][storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def give_back(tensor: torch.Tensor) -> torch.Tensor:
+        if kept[-1]:  # the first of a backward
+            kept.append({})
+        return tensor
+
+    trainer.weighing = weighing_of(trainer, {})
+    with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
+        trainer.train_step()
+    return max(sum(each.values()) for each in kept) / 2**20
 
 
 def weighing_of(trainer: Trainer, keys: dict) -> Weighing:
@@ -221,13 +250,6 @@ def _status(field: str) -> int:
     """Return a size of this process in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 if __name__ == "__main__":
