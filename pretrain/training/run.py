@@ -16,7 +16,6 @@ import torch
 from pretrain.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError, unknown
 from pretrain.masking.learning.live import LiveSpans
 from pretrain.recipe import Recipe, load_recipe
-from pretrain.training import checkpoint
 from pretrain.training.build import Parts, build, device_type
 from pretrain.training.dry_run import dry_run
 from pretrain.training.ds_config import resolve_ds_config
@@ -24,7 +23,7 @@ from pretrain.training.early_stopping import check_stopping
 from pretrain.training.engine import Engine, init_distributed, shutdown_distributed
 from pretrain.training.log import RunLog, check_trackers
 from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
-from pretrain.training.saving import check_agreement, resume
+from pretrain.training.resuming import check_agreement, resume, starting_point
 from pretrain.training.stop import StopRequest
 from pretrain.training.trainer import Trainer
 from pretrain.training.weighing import check_weighing
@@ -118,7 +117,7 @@ def _run(args: argparse.Namespace, kind: Kind) -> None:
             lr_scales = _lr_scales(recipe, parts, kind)
             check_stopping(parts)
             check_weighing(parts, world_size)
-            start = _starting_point(recipe, args.resume, rank, kind) if not args.dry_run else None
+            start = starting_point(recipe, args.resume, kind.own_keys) if not args.dry_run else None
             if rank == 0 and not args.dry_run:
                 lock = _make_folder(recipe)
         init_distributed(args.timeout)
@@ -214,51 +213,6 @@ def _train(trainer: Trainer, start: Path | None, ds_config: dict) -> None:
     finally:
         trainer.log.close()
     engine.close()
-
-
-def _starting_point(recipe: Recipe, resume: str, rank: int, kind: Kind) -> Path | None:
-    """Return the verified checkpoint to go on from, or None for a new run."""
-    run = Path(recipe.run)
-    say = (lambda line: print(line, flush=True)) if rank == 0 else (lambda line: None)
-    if resume == "auto":
-        start = checkpoint.newest(run, warn=say)
-        if start is None and checkpoint.candidates(run):
-            raise UserError(f"{run}: none of its checkpoints verifies; choose another run folder (run=…) to start anew")
-    elif resume == "never":
-        if checkpoint.candidates(run):
-            raise UserError(
-                f"{run}: has checkpoints, which --resume never would overwrite; choose another run folder (run=…)"
-            )
-        return None
-    else:
-        start = Path(resume)
-        checkpoint.verify(start)
-    if start is not None:
-        _check_same_model(recipe, start, kind)
-    return start
-
-
-def _check_same_model(recipe: Recipe, start: Path, kind: Kind) -> None:
-    """Refuse to go on with another model, other objectives or another optimizer than the checkpoint's."""
-    saved = load_recipe(start / "config.yaml", kind=kind.recipe)
-    for key, now, then in (
-        ("seed", recipe.seed, saved.seed),
-        ("model", _architecture(recipe), _architecture(saved)),
-        ("objectives", list(recipe.objective_configs.items()), list(saved.objective_configs.items())),
-        ("sampler", recipe.sampler_config, saved.sampler_config),
-        ("weigher", recipe.weigher_config, saved.weigher_config),
-        ("training.optimizer.name", recipe.training.optimizer.name, saved.training.optimizer.name),
-        *((key, getattr(recipe, key), getattr(saved, key)) for key in kind.own_keys),
-    ):
-        if now != then:
-            raise UserError(f"{key}: differs from that of {start}; choose another run folder (run=…) or restore it")
-    if recipe.training != saved.training and int(os.environ.get("RANK", 0)) == 0:
-        print(f"note: training.* differs from that of {start}; schedules follow the new values", flush=True)
-
-
-def _architecture(recipe: Recipe) -> dict:
-    """Return what of the model's configuration decides its numbers, and not only how they are computed."""
-    return recipe.model.model_dump(exclude={"attention", "activation_checkpointing"})
 
 
 def _make_folder(recipe: Recipe) -> TextIO:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run besides the engine's states, and how all ranks write and read it together."""
+"""What a checkpoint holds of a run besides the engine's states, and how all ranks write it together."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from pretrain.errors import RunError, UserError
+from pretrain.errors import RunError
 from pretrain.training import checkpoint
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def save(trainer: "Trainer") -> None:
             _write_facts(trainer, partial)
             facts = {"world_size": engine.world_size, "zero_stage": engine.stage}
             trainer.log.say(f"saved {checkpoint.publish(run, step, facts)}")
-            _mark_best(trainer)
+            mark_best(trainer)
     except (OSError, RuntimeError, SafetensorError) as error:
         if engine.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -51,39 +51,10 @@ def save(trainer: "Trainer") -> None:
     engine.barrier()
 
 
-def resume(trainer: "Trainer", folder: Path) -> None:
-    """Take up a checkpoint that :func:`pretrain.training.checkpoint.verify` has passed; all ranks call it.
-
-    Raises:
-        UserError: if it was saved on another world size or ZeRO stage, or with other data.
-    """
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    for key, now in (("world_size", trainer.engine.world_size), ("zero_stage", trainer.engine.stage)):
-        if manifest[key] != now:
-            raise UserError(
-                f"{folder}: saved with {key} {manifest[key]}, this run has {now}; "
-                f"resuming on another {key.replace('_', ' ')} is not supported yet"
-            )
-    trainer.load_state_dict(json.loads((folder / STATE).read_text()))
-    trainer.engine.load(folder / "engine")
-    if trainer.engine.rank == 0:
-        checkpoint.set_aside(trainer.run, after=trainer.step)
-        _mark_best(trainer)
-
-
-def _mark_best(trainer: "Trainer") -> None:
+def mark_best(trainer: "Trainer") -> None:
+    """Name the checkpoint that scored best on dev, if the run is scored."""
     if trainer.early:
         checkpoint.mark_best(trainer.run, trainer.early.best_step)
-
-
-def check_agreement(trainer: "Trainer") -> None:
-    """Raise RunError if the ranks do not go on from the same step; all ranks call it."""
-    newest, minus_oldest = trainer.engine.all_reduce([trainer.step, -trainer.step], "max").tolist()
-    if newest != -minus_oldest:
-        raise RunError(
-            f"{trainer.run}: the ranks see different checkpoints (steps {-minus_oldest:.0f} to {newest:.0f}); "
-            "the run's folder must be one that all of them share"
-        )
 
 
 def last_checkpoint(run: Path) -> str:

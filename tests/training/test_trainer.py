@@ -322,8 +322,3 @@ def test_another_recipe_is_not_trained_on_a_runs_checkpoint_nor_written_over_its
     assert [code for code, _, _ in outcomes] == [2, 2], outcomes
     assert word in outcomes[0][2] and len(outcomes[0][2].splitlines()) == 1
     assert (run / "config.yaml").read_text() == before
-
-
-def test_another_world_size_is_refused_for_now(corpus, whole_run, tmp_path):
-    code, _, err = train(recipe(corpus, _copy(whole_run, tmp_path / "run")))
-    assert code == 2 and "world_size 2" in err and "not supported yet" in err
