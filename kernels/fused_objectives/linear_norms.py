@@ -16,9 +16,8 @@ from fused_objectives.segments import checked, per_token, span_sums, spans
 from fused_objectives.vector_gradients import bias_gradients
 
 METHODS = ("auto", "gram", "instantiate")
-_TORCH_ROWS = 64
-_PROGRAMS = 512
-"""How many programs keep a GPU busy: with fewer tiles than that the samples are dealt out to several groups."""
+_PROGRAMS, _TORCH_ROWS = 512, 64
+"""How many programs keep a GPU busy (with fewer tiles samples are dealt out to several groups); rows of a twin's tile."""
 
 
 @not_differentiable
@@ -46,8 +45,7 @@ def linear_norms(
         bias: the layer has a bias; its squared norm ‖Σ_t g_t‖² is added.
         longest: T, tokens of the longest sample or a bound on it. None asks the segments on the CPU and takes N on a
             GPU, where asking would make the host wait.
-        method: ``auto`` takes ``gram`` where T < pd/(p + d), else ``instantiate``; the twin, which is as fast as its
-            FLOPs say, where T is less than twice that.
+        method: ``auto`` takes ``gram`` where T < pd/(p + d), the twin where T is less than twice that.
 
     Raises:
         ValueError: for another method, and for shapes, dtypes or segments that are not so.
@@ -117,22 +115,21 @@ def _(inputs, gradients, segments, samples, *_):
 
 def squared_norms(inputs, gradients, segments, samples, bias, longest, method, impl):
     """The op within others, which have checked their arguments."""
+    triton = uses_triton(impl, inputs)
     starts, ends = spans(segments, samples, impl)
     if method == "auto":
         d, p = inputs.shape[1], gradients.shape[1]
         if longest is None:
             longest = len(inputs) if inputs.is_cuda or samples == 0 else int((ends - starts).max())
-        few = p * d if uses_triton(impl, inputs) else 2 * p * d
-        method = "gram" if longest * (p + d) < few else "instantiate"
-    if method == "gram" and not uses_triton(impl, inputs):
+        method = "gram" if longest * (p + d) < (p * d if triton else 2 * p * d) else "instantiate"
+    if method == "gram" and not triton:
         return _gram_torch(inputs, gradients, starts, ends, bias)
     if method == "gram":
         first, last = per_token(starts, segments), per_token(ends, segments)
-        operands = (inputs, gradients) * 2
-        sums = gram_row_sums(*operands, first, last, symmetric=True, bias=bias, impl=impl)
+        sums = gram_row_sums(*(inputs, gradients) * 2, first, last, symmetric=True, bias=bias, impl=impl)
         return span_sums(sums, segments, samples, impl).clamp(min=0)
-    instantiate = _instantiate_triton if uses_triton(impl, inputs) else _instantiate_torch
-    norms, _ = instantiate(inputs, gradients, starts, ends, None, gradient=False)
+    instantiate = _instantiate_triton if triton else _instantiate_torch
+    norms = instantiate(inputs, gradients, starts, ends, None, gradient=False)[0]
     return norms + bias_gradients(gradients, segments, samples, impl=impl).square().sum(1) if bias else norms
 
 
@@ -165,8 +162,7 @@ def _gram_torch(inputs, gradients, starts, ends, bias):
         rows, slopes = inputs[start:end].float(), gradients[start:end].float()
         for first in range(0, end - start, _TORCH_ROWS):
             last = first + _TORCH_ROWS
-            products = rows[first:last] @ rows[:last].T
-            products = products.add_(float(bias)).mul_(slopes[first:last] @ slopes[:last].T)
+            products = (rows[first:last] @ rows[:last].T + float(bias)) * (slopes[first:last] @ slopes[:last].T)
             norms[sample] += 2 * products.sum() - products[:, first:].sum()  # all pairs but those of the tile are two
     return norms.clamp_(min=0)
 

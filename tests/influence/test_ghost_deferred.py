@@ -1,6 +1,7 @@
 """The weighted gradient without a second backward, against every sample alone in fp64 and against plain autograd."""
 
 import copy
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from pretrain.data.batch import Batch
+from pretrain.influence import ledger
 from pretrain.influence.ghost import GhostNorms
 from pretrain.model.multi_objective import MultiObjectiveModel
+from pretrain.objectives import scores
 from pretrain.training.engine import Engine, init_distributed
 from pretrain.training.optimizer import ParameterGroup
 from tests.influence.ghosts import (
@@ -69,6 +72,22 @@ def test_weights_of_one_give_the_plain_gradient(name):
         assert error <= 1e-6 * max(float(gradient.norm()), 1e-2 * scale), parameter
     matrices = [name for name, each in exact.items() if "backbone.encoder.layer" in name and each.ndim == 2]
     assert all(torch.equal(found[name], exact[name]) for name in matrices)
+
+
+@pytest.mark.parametrize("name", ["bert", "electra", "gpt2"])
+def test_whether_the_gradients_by_the_logits_are_kept_changes_only_roundings(name, monkeypatch):
+    own, computed = case(name), []
+    anew = scores.linear_cross_entropy_gradients
+    monkeypatch.setattr(scores, "linear_cross_entropy_gradients", lambda *a, **k: computed.append(1) or anew(*a, **k))
+    for room in (0, math.inf):
+        monkeypatch.setattr(ledger, "_ROOM", room)
+        model = copy.deepcopy(own.model)
+        ghost = GhostNorms(model, "all", "gram")
+        del computed[:]
+        assert_close(record(model, own.packed, ghost, deferred=True), norms_of(own.exact))
+        ghost.injected(WEIGHTS).backward()
+        assert bool(computed) == (room == 0)
+        assert worst_gradient(model, weighted(own.exact, WEIGHTS)) < 1e-5
 
 
 def test_what_is_injected_has_the_value_zero_and_scales_with_the_gradient_that_comes():
