@@ -20,6 +20,7 @@ def test_every_command_has_its_own_help(command, capsys):
         ["export", "no/such/run"],
         ["report", "no/such/run"],
         ["evaluate", "no/such/model", "--task", "no/such/task"],
+        ["soup", "no/such/run", "no/such/export"],
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, tmp_path, monkeypatch, capsys):
