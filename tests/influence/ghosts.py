@@ -51,9 +51,7 @@ SETUPS = {
         "modernbert", "mlm", {**UNTIED, "attention_bias": True, "mlp_bias": True, "norm_bias": True}
     ),
     "electra": Setup("electra", "rtd", {"embedding_size": 32}, {"masking": {"rate": 0.3}}),
-    "electra, nothing shared": Setup(
-        "electra", "rtd", UNTIED, {"generator": {"embeddings": "separate", "width": 0.5}}
-    ),
+    "electra, nothing shared": Setup("electra", "rtd", UNTIED, {"generator": {"embeddings": "separate", "width": 0.5}}),
     "electra, disentangled": Setup("electra", "rtd", keys={"generator": {"embeddings": "disentangled", "width": 0.5}}),
     "roberta sop": Setup("roberta", "sop"),
     "gpt2": Setup("gpt2", "clm"),
