@@ -35,6 +35,7 @@ from studies.command import add_settings, exit_code, names, say, settings_of  # 
 from studies.mcl_arms import Arm, Place, Settings, flops_per_token, pretrain, read_arms, score, steps_of  # noqa: E402
 from studies.planting import excerpts, write_texts  # noqa: E402
 from studies.presence_arms import limited  # noqa: E402
+from studies.tartan_arms import FAMILY  # noqa: E402
 
 AGAINST = "electra"
 QUICK = Settings(hidden=64, layers=1, steps=4, batch_rows=2, tune_epochs=1, tune_samples=20)
@@ -113,7 +114,7 @@ def report(
     }
     note = (
         f"{'Given text' if args.text else 'Embedded corpus'}: {meta['samples']:,} samples, {meta['tokens']:,} tokens. "
-        f"ELECTRA {settings.layers} × {settings.hidden}, steps of {settings.batch_rows} packed rows of "
+        f"{FAMILY}, {settings.layers} × {settings.hidden}, steps of {settings.batch_rows} packed rows of "
         f"{settings.row_length} tokens; fine-tuning on at most {settings.tune_samples} samples of a task, "
         f"{settings.tune_epochs} epochs. Equal compute is that of {AGAINST} at equal steps, in FLOPs of forward and "
         "backward passes; the models of a soup share steps or compute, and the table tells how many steps each has. "

@@ -29,6 +29,7 @@ from pretrain.training.build import build
 from pretrain.training.flops import expected_flops_per_token
 from pretrain.training.trainer import Trainer
 from studies.models import save_model
+from studies.tartan_arms import FAMILY
 
 DS_CONFIG = Path(__file__).parents[1] / "configs" / "ds" / "zero0.json"
 STEPS, COMPUTE = "steps", "compute"
@@ -82,9 +83,10 @@ class Settings:
     row_length: int = 128
     max_length: int = 64
     """Tokens of a sample, in pre-training and in fine-tuning."""
-    lr: float = 2e-3
-    tune_epochs: int = 3
-    tune_lr: float = 5e-4
+    lr: float = 3e-3
+    tune_epochs: int = 5
+    tune_lr: float = 1e-3
+    tune_batch: int = 16
     tune_samples: int = 400
     """Training samples of a task at most; half as many of dev, twice as many of test."""
 
@@ -161,6 +163,7 @@ def _tune(model: Path, name: str, seed: int, at: Place, settings: Settings) -> d
     tuning = Tuning(
         settings.tune_epochs,
         settings.tune_lr,
+        settings.tune_batch,
         max_length=settings.max_length,
         seeds=1,
         first_seed=seed,
@@ -237,12 +240,11 @@ def _recipe(arm: Arm, sampler: dict, seed: int, steps: int, at: Place, settings:
         "seed": seed,
         "data": {"store": str(at.corpus), "row_length": settings.row_length},
         "model": {
-            "family": "electra",
+            "family": FAMILY,
             "size": None,
             "dropout": 0.0,
             "overrides": {
                 "hidden_size": settings.hidden,
-                "embedding_size": settings.hidden,
                 "num_hidden_layers": settings.layers,
                 "num_attention_heads": max(1, settings.hidden // 64),
                 "intermediate_size": 4 * settings.hidden,
