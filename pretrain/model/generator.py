@@ -62,6 +62,7 @@ class Generator(nn.Module):
             model, attention=encoder.attention, activation_checkpointing=encoder.activation_checkpointing
         )
         self.head = self.encoder.vocabulary_head()
+        self.temperature = config.temperature
 
     def forward(self, tokens: torch.Tensor, layout: Layout, targets: Targets, score: Score | None = None) -> Any:
         """Return the logits ``[K, vocabulary]`` at the target places of the flattened rows, or what ``score`` makes of

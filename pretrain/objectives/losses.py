@@ -97,7 +97,7 @@ def generator_loss(
     """Return a generator's cross entropies of a view's labels, and a token drawn at each of them.
 
     Args:
-        generator: reads the view's tokens.
+        generator: reads the view's tokens; tokens are drawn at its temperature.
         view: its labels say where the targets are.
         layout: of the view's batch.
         weights: ``[S]`` float32 or None, the samples' weights.
@@ -122,6 +122,7 @@ def generator_loss(
         batch.visits,
         seed,
         stream,
+        generator.temperature,
     )
     with rows_of(segments):
         loss, tokens = generator(view.tokens, layout, targets, score)

@@ -54,11 +54,12 @@ class SamplingScore(CrossEntropyScore):
     visits: torch.Tensor
     seed: int
     stream: str
+    temperature: float
 
     def __call__(self, features, weight, bias, **options: Any) -> Sampled:
         keys = self.positions, self.sample_ids, self.visits
         options |= {"bias": bias, "sample_weights": self.weights, "impl": self.impl}
-        options |= {"seed": self.seed, "stream": self.stream}
+        options |= {"seed": self.seed, "stream": self.stream, "temperature": self.temperature}
         targets = self.labels, self.segments, self.samples
         return linear_cross_entropy_and_sample(features, weight, *targets, *keys, **options)
 

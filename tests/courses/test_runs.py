@@ -46,7 +46,7 @@ def test_all_courses_train_the_same_on_two_ranks_and_in_other_micro_batches(corp
 @pytest.mark.parametrize(
     ("sampler", "passes"),
     [
-        ({"name": "round_robin"}, [(2, 2), (1, 1), (1, 1), (1, 1)]),  # alone, the correction plays its first round itself
+        ({"name": "round_robin"}, [(2, 2), (1, 1), (1, 1), (1, 1)]),  # played again for the correction
         ({"name": "annealed", "from": SHARES, "to": SHARES | {"correction": 5}, "mode": "mix"}, [(4, 4)] * 4),
         ({"name": "odm"}, None),
     ],

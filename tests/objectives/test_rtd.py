@@ -26,8 +26,9 @@ def gradients(model, term: str, batch) -> dict[str, torch.Tensor | None]:
 
 
 @torch.no_grad()
-def test_the_discriminator_reads_the_generators_draws_at_masked_places_and_the_original_elsewhere():
-    model = model_with("rtd", masking={"rate": 0.4})
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_the_discriminator_reads_the_generators_draws_at_masked_places_and_the_original_elsewhere(temperature):
+    model = model_with("rtd", masking={"rate": 0.4}, generator={"temperature": temperature})
     rows = rows_of_samples(6)
     batch = numbered(rows, ids_of(rows), row_length=70)
     view = model.objectives["rtd"].corrupt(batch, 0.0)
@@ -42,7 +43,7 @@ def test_the_discriminator_reads_the_generators_draws_at_masked_places_and_the_o
         sample = int(batch.segment_ids[row, column])
         identity = int(batch.sample_ids[sample]), int(batch.visits[sample])
         position = int(batch.position_ids[row, column])
-        expected[row, column] = gumbel_draw("rtd/sample", logits[row, column], position, *identity)
+        expected[row, column] = gumbel_draw("rtd/sample", logits[row, column] / temperature, position, *identity)
     assert masked.sum() > 15
     assert torch.equal(read[-1], expected)
 
