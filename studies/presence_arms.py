@@ -51,6 +51,9 @@ ARMS = {
     "novelty": Arm("PRESENCE, novelty (τ = +1)", {"name": "presence", "temperature": 1.0}),
     "stability": Arm("PRESENCE, stability (τ = −1)", {"name": "presence", "temperature": -1.0}),
     "two_stages": Arm("PRESENCE, both stages", {"name": "presence"}),
+    "gentle": Arm(
+        "PRESENCE, τ = −0.3, scores by length", {"name": "presence", "temperature": -0.3, "length_normalised": True}
+    ),
     "shuffled": Arm("both stages, weights shuffled", {"name": "shuffled"}),
     "linupper": Arm("LinUpper", {"name": "linupper"}),
 }
