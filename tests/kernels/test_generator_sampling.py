@@ -1,3 +1,5 @@
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from fused_objectives.linear_cross_entropy import linear_cross_entropy
 from fused_objectives.philox import philox, philox_of_key
 from fused_objectives.softmax_epilogue import ALIGNMENT, Terms, softmax_epilogue
 from fused_objectives.targets import IGNORED
+from pretrain import bench
 
 SEED, STREAM = 7, "generator"
 
@@ -243,3 +246,27 @@ def test_it_compiles_into_one_graph(batch, impl):
         total, tokens = function(hidden)
         results.append((total.detach(), tokens, *torch.autograd.grad(total, hidden)))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_sampling_keeps_nothing_of_the_vocabularys_size_a_target(gradient):
+    """What it needs besides the logits is that of a block of rows in the twin, however many targets there are."""
+    bench._script()  # its modules can be imported then
+    clock, vocabulary, width = importlib.import_module("timing").Clock("cpu", 0.01), 8197, 8
+
+    def peak(targets: int, samples: bool) -> int:
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(targets, width, generator=generator).requires_grad_(gradient)
+        weight = torch.randn(vocabulary, width, generator=generator).requires_grad_(gradient)
+        places = torch.arange(targets)
+        of_rows, of_samples = (places, torch.zeros_like(places), 1), (places, torch.tensor([5]), torch.tensor([0]))
+        arguments = (hidden, weight, *of_rows, *(of_samples if samples else ()))
+        keys = {"seed": SEED, "stream": STREAM} if samples else {}
+        function = linear_cross_entropy_and_sample if samples else linear_cross_entropy
+        return clock.peak_bytes(lambda: function(*arguments, impl="torch", **keys))
+
+    logits = 4 * vocabulary
+    bare, sampled = (np.array([peak(targets, samples) for targets in (128, 384)]) for samples in (False, True))
+    assert (bare > [128 * logits, 384 * logits]).all()
+    more = sampled - bare
+    assert more.max() < 128 * logits and more[1] - more[0] < logits
