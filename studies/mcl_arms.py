@@ -76,16 +76,16 @@ class Settings:
 
     hidden: int = 128
     layers: int = 2
-    steps: int = 400
+    steps: int = 500
     """Of an arm at equal steps."""
     batch_rows: int = 4
     """Packed rows a step, all of one micro-batch."""
     row_length: int = 128
     max_length: int = 64
     """Tokens of a sample, in pre-training and in fine-tuning."""
-    lr: float = 3e-3
-    tune_epochs: int = 5
-    tune_lr: float = 1e-3
+    lr: float = 1e-3
+    tune_epochs: int = 8
+    tune_lr: float = 3e-4
     tune_batch: int = 16
     tune_samples: int = 400
     """Training samples of a task at most; half as many of dev, twice as many of test."""
