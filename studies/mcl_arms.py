@@ -76,7 +76,7 @@ class Settings:
 
     hidden: int = 128
     layers: int = 2
-    steps: int = 500
+    steps: int = 400
     """Of an arm at equal steps."""
     batch_rows: int = 4
     """Packed rows a step, all of one micro-batch."""
@@ -84,7 +84,7 @@ class Settings:
     max_length: int = 64
     """Tokens of a sample, in pre-training and in fine-tuning."""
     lr: float = 1e-3
-    tune_epochs: int = 8
+    tune_epochs: int = 6
     tune_lr: float = 3e-4
     tune_batch: int = 16
     tune_samples: int = 400
