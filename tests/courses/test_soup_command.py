@@ -99,6 +99,7 @@ def test_the_backbones_of_different_exports_are_averaged_without_heads_and_poole
     backbone = write_export(tmp_path / "backbone", 9, model_class=BertModel)  # which has a pooler
     made = make_soup([exports[1], backbone], tmp_path / "soup", kind="backbone", say=silent)
     assert made["architectures"] == ["BertModel"]
+    assert json.loads((tmp_path / "soup" / "config.json").read_text())["architectures"] == ["BertModel"]
     first, second, mean = (load_file(f / "model.safetensors") for f in (exports[1], backbone, tmp_path / "soup"))
     assert len(mean) == sum(name.startswith("bert.") for name in first)
     for name, values in mean.items():
