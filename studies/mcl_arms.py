@@ -84,8 +84,8 @@ class Settings:
     max_length: int = 64
     """Tokens of a sample, in pre-training and in fine-tuning."""
     lr: float = 1e-3
-    tune_epochs: int = 6
-    tune_lr: float = 3e-4
+    tune_epochs: int = 8
+    tune_lr: float = 5e-4
     tune_batch: int = 16
     tune_samples: int = 400
     """Training samples of a task at most; half as many of dev, twice as many of test."""

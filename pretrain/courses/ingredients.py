@@ -154,9 +154,8 @@ class Weights(Mapping[str, torch.Tensor]):
         self._places = {name: (file, name) for name, file in stored.items()}
         if backbone:
             prefix = f"{model_class.base_model_prefix}."
-            inside = any(name.startswith(prefix) for name in stored)
-            own = {name.removeprefix(prefix): place for name, place in self._places.items()
-                   if name.startswith(prefix) or not inside}  # fmt: skip
+            inside = {name.removeprefix(prefix): each for name, each in self._places.items() if name.startswith(prefix)}
+            own = inside or self._places
             self._places = {name: place for name, place in own.items() if not name.startswith("pooler.")}
 
     def __getitem__(self, name: str) -> torch.Tensor:
