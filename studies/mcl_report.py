@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from studies.mcl_arms import COMPUTE, STEPS
-from studies.reporting import plus_minus, spread
+from studies.reporting import chance, plus_minus, spread
 from studies.tartan_report import ALL, p_values
 
 BUDGETS = {STEPS: "equal steps", COMPUTE: "equal compute"}
@@ -61,7 +61,7 @@ def markdown(rows: Sequence[Mapping], against: str) -> str:
             cells = [title, first["title"], str(first["steps"]), f"{first['flops'] / 1e12:.2f}"]
             cells += [plus_minus(its[task], "test") if task in its else "" for task in tasks]
             cells.append(f"{plus_minus(last, 'gain', '+')} ({last['wins']})" if "gain" in last else "")
-            cells.append(f"{last['p_t']:.3f}" if last.get("p_t") is not None else "")
+            cells.append(chance(last.get("p_t")))
             lines.append([*cells, f"{first['seconds']:.0f}"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

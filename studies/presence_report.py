@@ -9,7 +9,7 @@ import numpy as np
 
 from studies.planting import TROUBLES
 from studies.presence_arms import AGAINST, COMPUTE, SIGNALS, STEPS
-from studies.reporting import plus_minus, spread
+from studies.reporting import chance, plus_minus, spread
 from studies.tartan_report import p_values
 
 MEASURES = {"heldout_loss": (1, -1), "test": (100, 1)}
@@ -63,8 +63,7 @@ def _reached(rows: Sequence[Mapping], against: str) -> str:
             cells.append(plus_minus(row, name, digits=digits))
             gain = f"{name}_gain"
             cells.append(f"{plus_minus(row, gain, '+', digits)} ({row[f'{name}_wins']})" if gain in row else "")
-            chance = row.get(f"{name}_p_t")
-            cells.append("" if chance is None else f"{chance:.3f}")
+            cells.append(chance(row.get(f"{name}_p_t")))
         lines.append([*cells, f"{row['seconds']:.0f}"])
     return _table(lines)
 

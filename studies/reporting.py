@@ -46,6 +46,13 @@ def spread(name: str, values: list[float]) -> dict[str, float | None]:
     return {name: mean(values), f"{name}_sd": stdev(values) if len(values) > 1 else None}
 
 
+def chance(p: float | None) -> str:
+    """Return a p-value as a cell of a table."""
+    if p is None:
+        return ""
+    return f"{p:.3f}" if p >= 0.0005 else "< 0.001"
+
+
 def markdown(rows: Sequence[Mapping], against: str) -> str:
     """Return the table."""
     head = ["policy", "tokens hidden, %", "answers hidden, %", *METRICS.values(), f"against {against}", "s a seed"]

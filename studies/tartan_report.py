@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from studies.reporting import plus_minus, spread
+from studies.reporting import chance, plus_minus, spread
 
 ALL = "all tasks"
 _EXACT = 1e5  # sign patterns that are enumerated; beyond, so many are drawn
@@ -58,7 +58,7 @@ def markdown(rows: Sequence[Mapping], against: str) -> str:
     for row in rows:
         scores = [plus_minus(row, name) if name in row else "" for name in ("dev", "test")]
         gain = f"{plus_minus(row, 'gain', '+')} ({row['wins']})" if "gain" in row else ""
-        chances = [f"{row[key]:.3f}" if row.get(key) is not None else "" for key in ("p_t", "p_flips")]
+        chances = [chance(row.get(key)) for key in ("p_t", "p_flips")]
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
         lines.append([row["task"], row["title"], row.get("metric", ""), *scores, gain, *chances, seconds])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
