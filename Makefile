@@ -1,5 +1,6 @@
 # make demo   install, prepare, train, evaluate, export: the whole way, in nine minutes on two CPU cores
 # make test   install with the test extra and run the whole suite
+# make test-cluster   jobs under a real SLURM on this machine; needs root and the packages slurmctld slurmd slurm-client munge
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ DEMO_EVALUATE ?= --seeds 3 --epochs 3 --lr 1e-3
 # Test files that run at the same time.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint install install-test clean
+.PHONY: demo test test-cluster lint install install-test clean
 
 demo: install
 	$(BIN)/medley corpus --out $(DEMO)/corpus --max-megabytes $(DEMO_MEGABYTES)
@@ -26,7 +27,10 @@ demo: install
 	$(BIN)/medley report $(DEMO)/run
 
 test: install-test
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not cluster"
+
+test-cluster: install-test
+	$(BIN)/pytest -m cluster -rs tests/cluster
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ COMMANDS = {
     "export": ("pretrain.export", "turn a checkpoint into a Hugging Face folder"),
     "soup": ("pretrain.courses.command", "average models of one initialisation"),
     "report": ("pretrain.report", "print a run's table: losses at start and end, speed, end-task scores"),
+    "slurm": ("pretrain.slurm", "print a job script for SLURM: a recipe on so many nodes and GPUs"),
     "bench": ("pretrain.bench", "measure the fused ops against their floors and their peers"),
     "doctor": ("pretrain.doctor", "say what this machine has, what works, and how to mend what does not"),
 }
