@@ -121,10 +121,12 @@ def seconds(time: str) -> int:
 
 
 def _filled_in(text: str, options: dict, settings: dict[str, str]) -> str:
-    """Return a script with other values; an option that is None is commented out."""
+    """Return a script with other values; where an option is None, as it is, but for GPUs: then it asks for none."""
     for name, value in options.items():
-        line = f"##SBATCH --{name}=" if value is None else f"#SBATCH --{name}={shlex.quote(str(value))}"
-        text = _replaced(rf"##?SBATCH --{name}=", line, text)
+        if value is not None:
+            text = _replaced(rf"##?SBATCH --{name}=", f"#SBATCH --{name}={shlex.quote(str(value))}", text)
+    if options["gpus-per-node"] is None:
+        text = _replaced("#SBATCH --gpus-per-node=", "##SBATCH --gpus-per-node=0", text)
     for name, value in settings.items():
         text = _replaced(rf"{name}=", f"{name}={value}", text)
     return text

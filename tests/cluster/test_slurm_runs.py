@@ -1,18 +1,18 @@
 """Runs under a real SLURM: submitted, warned, requeued, resumed; see slurm.py for the cluster."""
 
+import contextlib
+import io
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pretrain.cli import main
 from tests.cluster.slurm import Slurm, missing
 from tests.training.runs import metrics, recipe, states, write_corpus
 
-ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 1800  # a start imports much, and CI may be busy
 STEPS = 40
 
@@ -44,9 +44,9 @@ def job_script(folder: Path, corpus: Path, *options: str) -> Path:
     document = recipe(corpus, folder / "run", training__steps=STEPS, checkpoint__interval_steps=STEPS)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     asked = ["--nodes", "2", "--gpus", "0", "--cpus-per-task", "1", "--time", "120", *options]
-    command = [sys.executable, "-m", "pretrain.cli", "slurm", *asked, str(folder / "recipe.yaml")]
-    printed = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
-    (folder / "job.sbatch").write_text(printed)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["slurm", *asked, str(folder / "recipe.yaml")]) == 0
+    (folder / "job.sbatch").write_text(printed.getvalue())
     return folder / "job.sbatch"
 
 
