@@ -21,6 +21,7 @@ COMMANDS = {
     "export": ("pretrain.export", "turn a checkpoint into a Hugging Face folder"),
     "soup": ("pretrain.courses.command", "average models of one initialisation"),
     "report": ("pretrain.report", "print a run's table: losses at start and end, speed, end-task scores"),
+    "plan": ("pretrain.planning.command", "say which ZeRO stage and micro-batch fit on some GPUs, and what is sent"),
     "slurm": ("pretrain.slurm", "print a job script for SLURM: a recipe on so many nodes and GPUs"),
     "bench": ("pretrain.bench", "measure the fused ops against their floors and their peers"),
     "doctor": ("pretrain.doctor", "say what this machine has, what works, and how to mend what does not"),
@@ -41,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
                 command, usage = importlib.import_module(module), subparser
                 command.add_arguments(subparser)
         args, unknown = parser.parse_known_args(argv)  # exits where no command was chosen
+        if hasattr(args, "overrides"):  # argparse does not know those that come behind an option
+            args.overrides += [word for word in unknown if not word.startswith("-")]
+            unknown = [word for word in unknown if word.startswith("-")]
         if unknown:
             usage.error(f"unrecognized arguments: {' '.join(unknown)}")
         command.run(args)

@@ -1,0 +1,121 @@
+"""What a run really keeps and sends: bytes of all tensors there are, and every collective that torch dispatches."""
+
+import gc
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pretrain.training.ds_config import resolve_ds_config
+from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "ds"
+WIDTH, VOCABULARY, MICRO_STEPS = 96, 203, 3
+_KINDS = {
+    "c10d::allreduce_": "all-reduce",
+    "c10d::_allgather_base_": "all-gather",
+    "c10d::allgather_": "all-gather",
+    "c10d::allgather_into_tensor_coalesced_": "all-gather",
+    "c10d::_reduce_scatter_base_": "reduce-scatter",
+    "c10d::reduce_scatter_": "reduce-scatter",
+}
+_SCALARS = 16  # elements; norms, flags and what else ranks agree on
+
+
+class Model(nn.Module):
+    """An embedding, layers and a head; its two components are ``trunk`` and ``head``."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(
+            nn.Embedding(VOCABULARY, WIDTH),
+            *(nn.Sequential(nn.Linear(WIDTH, 3 * WIDTH), nn.GELU(), nn.Linear(3 * WIDTH, WIDTH)) for _ in range(3)),
+        )
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.trunk(tokens)).float().square().sum()
+
+    def groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup(name, list(getattr(self, name).parameters())) for name in ("trunk", "head")]
+
+
+class Collectives(TorchDispatchMode):
+    """Adds up the bytes of whole tensors, by kind of collective, while it is entered; scalars are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and "barrier" not in function._schema.name:
+            name = function._schema.name
+            kind = _KINDS.get(name, name)
+            whole = list(_tensors(args[1] if kind == "reduce-scatter" else args[0]))  # what is cut, or what is made
+            if sum(each.numel() for each in whole) > _SCALARS:
+                self.bytes[kind] += sum(each.nbytes for each in whole)
+        return function(*args, **(kwargs or {}))
+
+
+def _tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
+def held_bytes() -> int:
+    """Return the bytes of all tensors made since ``gc.freeze``, each storage once."""
+    gc.collect()
+    storages = {}
+    for found in gc.get_objects():
+        if type(found) in (torch.Tensor, nn.Parameter) and not found.is_meta:
+            for each in (found, found.grad if found.is_leaf else None):
+                if each is not None:
+                    storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def configuration(name: str) -> dict:
+    """A shipped configuration with buckets that fit this model."""
+    config = resolve_ds_config(
+        CONFIGS / f"{name}.json",
+        micro_batch_rows=1,
+        batch_rows=2 * MICRO_STEPS,
+        world_size=2,
+        gradient_clipping=1.0,
+        device_type="cpu",
+    )
+    zero = config["zero_optimization"]
+    zero |= {key: 5000 for key in ("reduce_bucket_size", "allgather_bucket_size") if key in zero}
+    if zero["stage"] == 3:
+        zero |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 5000}
+    return config
+
+
+def measure_step(name: str, optimizer: str, changes: dict) -> tuple[int, dict[str, int]]:
+    """Train on this rank; return the most bytes held from the last backward on, and a later step's collectives."""
+    from pretrain.training.engine import Engine, init_distributed
+
+    init_distributed(60)
+    gc.collect()
+    gc.freeze()
+    module = Model()
+    config = configuration(name)
+    config["zero_optimization"] |= changes
+    engine = Engine(module, module.groups(), config, OptimizerSettings(optimizer, 0.01, (0.9, 0.98), 1e-6))
+    for _ in range(2):  # stage 3 has learnt the order of the weights after the first
+        with Collectives() as collectives:
+            engine.begin_step()
+            for micro_step in range(MICRO_STEPS):
+                engine.backward(engine(torch.arange(7 + micro_step)[None]))
+            held = held_bytes()
+            engine.step(1e-3, {"trunk", "head"})
+    held = max(held, held_bytes())
+    engine.close()
+    gc.unfreeze()
+    return held, dict(collectives.bytes)
