@@ -110,7 +110,7 @@ def test_overrides_reach_nested_and_new_keys_and_are_named_as_the_source(tmp_pat
         ("data=", "data: input should be a valid dictionary"),
         ("model.dropout=1.0", "model.dropout: input should be less than 1"),
         ("objectives=", "objectives: "),
-        ("objectives={}", "objectives: name at least one of clm, cse, "),
+        ("objectives={}", "objectives: name at least one of clm, correction, cse, "),
         ("objectives.mlmm={}", "objectives: unknown objective 'mlmm'; did you mean 'mlm'?"),
         ("objectives.mlm=false", "objectives.mlm: input should be a valid dictionary"),
         ("objectives.mlm.maskin={}", "objectives.mlm.maskin: unknown key; did you mean 'masking'?"),

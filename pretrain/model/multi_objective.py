@@ -33,6 +33,7 @@ class MultiObjectiveModel(nn.Module):
         self.encoder = encoder
         self.objectives = objectives
         self.heads = nn.ModuleDict()
+        self._followers = {name for name, objective in objectives.items() if objective.follows}
         self.left: dict[str, Any] = {}
         """What objectives leave for those that follow them in a forward pass."""
         for objective in objectives.values():
@@ -83,9 +84,8 @@ class MultiObjectiveModel(nn.Module):
         the weighted mean over the step's global count.
         """
         losses: dict[str, TermLoss] = {}
-        computing = judges or self.objectives
-        for name in sorted(views, key=lambda name: computing[name].follows):
-            losses |= computing[name].loss(self, views[name], (weights or {}).get(name))
+        for name in sorted(views, key=self._followers.__contains__):
+            losses |= (judges or self.objectives)[name].loss(self, views[name], (weights or {}).get(name))
         self.left.clear()
         loss = sum(scales[term] * each.total for term, each in losses.items() if each.total is not None)
         return loss, {term: term_loss.sums for term, term_loss in losses.items()}

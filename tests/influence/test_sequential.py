@@ -69,9 +69,10 @@ def one_by_one(run: Path, corpus: Path, objective: str, layers, visits: int = 1)
     for each in views:
         for i, view in enumerate(each):
             loss = 0.0
-            for term, value in which.loss(model, view).items():
+            losses = which.loss(model, view)
+            for term, weight in which.terms.items():
                 mean = sum(float(one.counts[term].sum()) for one in views[0]) / len(store)
-                loss = loss + which.terms[term] / mean * value.total
+                loss = loss + weight / mean * losses[term].total
             gradient = torch.autograd.grad(loss, list(layers(model)), allow_unused=True)
             found[i] += sum(float(part.double().square().sum()) for part in gradient if part is not None) / visits
     return found.tolist()

@@ -89,8 +89,9 @@ def plain_alignments(document: dict) -> dict[str, float]:
         counts = dict.fromkeys(objective.terms, 0)
         for batch in parts.loader(rank=0, world_size=1).next().micro_batches:
             view = objective.corrupt(batch, 0.0)
-            for term, loss in objective.loss(model, view).items():
-                losses[term] = losses.get(term, 0) + loss.total
+            found = objective.loss(model, view)
+            for term in objective.terms:
+                losses[term] = losses.get(term, 0) + found[term].total
                 counts[term] += int(view.counts[term].sum())
         mean = sum(weight * losses[term] / counts[term] for term, weight in objective.terms.items())
         own = torch.autograd.grad(mean, weights, materialize_grads=True, allow_unused=True)
