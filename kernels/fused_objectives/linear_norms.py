@@ -17,7 +17,7 @@ from fused_objectives.vector_gradients import bias_gradients
 
 METHODS = ("auto", "gram", "instantiate")
 _PROGRAMS, _TORCH_ROWS = 512, 64
-"""How many programs keep a GPU busy (with fewer tiles samples are dealt out to several groups); rows of a twin's tile."""
+"""Programs that keep a GPU busy (with fewer tiles samples are dealt out to several groups); rows of a twin's tile."""
 
 
 @not_differentiable
