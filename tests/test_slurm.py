@@ -27,9 +27,10 @@ STUBS = {
     "sbatch": 'echo "sbatch $*" >>"$CALLS"; echo "$(wc -l <"$CALLS");cluster"',
     "deepspeed": 'echo "deepspeed $*" >>"$CALLS"; cat hostfile-* >>"$CALLS"',
 }
-# What stands for training: it says that it has begun, and ends as it is told once a signal has come.
+# What stands for training: it says that it has begun, and ends as it is told once a signal has come that it ends on.
 RANK = """\
-trap 'stop=1' USR1 TERM
+trap '' USR1
+trap 'stop=1' ${ENDS_ON:-USR1 TERM}
 echo "rank $RANK/$WORLD_SIZE local $LOCAL_RANK master $MASTER_ADDR:$MASTER_PORT threads $OMP_NUM_THREADS"
 printf '<%s>' "$@"; echo
 echo begun
@@ -122,7 +123,7 @@ def test_a_job_that_ends_by_itself_does_not_go_back_into_the_queue(cluster, code
     "send", [(signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)], ids=str
 )
 def test_a_cancelled_job_does_not_go_back_into_the_queue(cluster, send):
-    _, _, calls = run_job(cluster, send=send)
+    _, _, calls = run_job(cluster, send=send, ENDS_ON="TERM")  # not before the last signal was sent
     assert "requeue" not in calls
 
 
