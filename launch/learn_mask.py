@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store is wordy where rank 0 has gone; we tell it in a line
+
 from pretrain.masking.learning.meta import main
 
 if __name__ == "__main__":

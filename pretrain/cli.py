@@ -5,12 +5,13 @@ import importlib
 import sys
 
 from pretrain import __version__
-from pretrain.errors import EXIT_USER_ERROR, UserError
+from pretrain.errors import EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError
 
 # name → (module with ``add_arguments(parser)`` and ``run(args)``, help line)
 COMMANDS = {
     "corpus": ("pretrain.data.embedded", "write the embedded corpus: the documentation of the installed packages"),
     "prepare": ("pretrain.data.prepare", "turn text into a token store"),
+    "launch": ("pretrain.launching", "start a run's ranks on this machine, and start them again when they fail"),
     "annotate": ("pretrain.data.annotate", "mark a prepared corpus for masking: names and dates, parts of speech"),
     "learn-mask": ("pretrain.masking.learning.command", "learn which spans to mask"),
     "tartan": ("pretrain.tartan", "train an end task together with auxiliary objectives, then alone"),
@@ -29,7 +30,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; return its exit code (2 for the user's mistakes, told in one line)."""
+    """Run one subcommand; return its exit code (2 for the user's mistakes, 1 for failures, told in one line)."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="medley", description="Pre-training of language encoders on many objectives.")
     parser.add_argument("--version", action="version", version=f"medley {__version__}")
@@ -51,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"medley {chosen}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except RunError as error:
+        print(f"medley {chosen}: failed: {error}", file=sys.stderr)
+        return EXIT_FAILURE
     except KeyboardInterrupt:
         print(f"medley {chosen}: interrupted", file=sys.stderr)
         return 130

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (["--cpus-per-task", "--cpus-per-gpu"], own["cpus-per-task"], "cores of a rank"),
         (["--save-before"], own["signal"].partition("@")[2], "seconds before the limit when the run is told to save"),
         (["--chain"], 1, "jobs, each after the one before; one alone requeues itself"),
+        (["--restarts"], 3, "that a start which failed without a new checkpoint is tried again; with one, always"),
     ):
         help_text = text if default is None else f"{text} (default: {default})"
         add(*names, type=int, default=default, metavar="N", help=help_text)
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace) -> None:
 
 def script(args: argparse.Namespace) -> str:
     """Return the script for checked arguments, to be submitted from anywhere; its paths are taken from this folder."""
-    for name in ("nodes", "gpus", "tasks_per_node", "cpus_per_task", "save_before", "chain"):
-        value, least = getattr(args, name), 0 if name == "gpus" else 1
+    for name in ("nodes", "gpus", "tasks_per_node", "cpus_per_task", "save_before", "chain", "restarts"):
+        value, least = getattr(args, name), 0 if name in ("gpus", "restarts") else 1
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')}: must be at least {least}, not {value}")
     if args.gpus and args.tasks_per_node not in (None, args.gpus):
@@ -103,6 +104,7 @@ def script(args: argparse.Namespace) -> str:
         "run": shlex.quote(recipe.run),
         "overrides": f"({shlex.join(text for text in args.overrides if not text.startswith('run='))})",
         "chain": str(args.chain),
+        "restarts": str(args.restarts),
     }
     return _filled_in(TEMPLATE.read_text(encoding="utf-8"), options, settings)
 

@@ -34,6 +34,7 @@ trap 'stop=1' ${ENDS_ON:-USR1 TERM}
 echo "rank $RANK/$WORLD_SIZE local $LOCAL_RANK master $MASTER_ADDR:$MASTER_PORT threads $OMP_NUM_THREADS"
 printf '<%s>' "$@"; echo
 echo begun
+[ -z "${SAVES:-}" ] || { mkdir -p "a b/checkpoints"; echo "$SAVES" >"a b/checkpoints/latest"; }
 while [ -z "${stop:-}" ] && [ "${WAIT:-1}" = 1 ]; do read -r -t 0.1 <>"$PIPE"; done
 exit "${CODE:-0}"
 """
@@ -113,10 +114,25 @@ def test_a_users_mistake_does_not_go_back_into_the_queue(cluster):
     assert done == 2 and "requeue" not in calls
 
 
-@pytest.mark.parametrize("code", [0, 1, 2])
-def test_a_job_that_ends_by_itself_does_not_go_back_into_the_queue(cluster, code):
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_job_that_is_done_or_a_mistake_does_not_go_back_into_the_queue(cluster, code):
     done, _, calls = run_job(cluster, CODE=str(code))
     assert done == code and "requeue" not in calls
+
+
+@pytest.mark.parametrize(
+    ("restarts", "checkpoint", "goes_on"), [("2", "", True), ("3", "", False), ("3", "step-00000007", True)]
+)
+def test_a_job_that_fails_is_tried_again_while_it_saves_or_thrice(cluster, restarts, checkpoint, goes_on):
+    variables = {"SLURM_RESTART_COUNT": restarts, "SAVES": checkpoint, "CODE": "137"}
+    done, output, calls = run_job(cluster, **variables)
+    assert (done, "requeue" in calls) == ((0, True) if goes_on else (137, False))
+    assert ("exit code 137" in output) == goes_on
+
+
+def test_a_job_of_a_chain_that_fails_ends_the_chain(cluster):
+    done, _, calls = run_job(cluster, "chained", CODE="137")
+    assert done == 137 and "requeue" not in calls
 
 
 @pytest.mark.parametrize(

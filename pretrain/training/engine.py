@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.training import ds_internals
+from pretrain.training.beats import Progress
 from pretrain.training.gradient import Gradient
 from pretrain.training.optimizer import OptimizerSettings, ParameterGroup, build_optimizer
 from pretrain.training.process_group import init_distributed, shutdown_distributed
@@ -46,12 +47,17 @@ class Engine:
         groups: Collection[ParameterGroup],
         ds_config: dict,
         settings: OptimizerSettings,
+        progress: Progress | None = None,
     ):
         """Wrap ``module``; ``ds_config`` comes from ``resolve_ds_config``, the process group from ``init_distributed``.
+
+        Args:
+            progress: is told of every call, for a :class:`~pretrain.training.watch.Watch`.
 
         Raises:
             ValueError: if ``groups`` do not hold every parameter of ``module`` exactly once.
         """
+        self._progress = progress or Progress()
         self._optimizer = build_optimizer(module, groups, settings)
         self._components = frozenset(group.name for group in groups)
         self._clip = ds_config["gradient_clipping"]
@@ -95,6 +101,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module. Its outputs are tensors, or tuples, lists and dicts of them."""
+        self._progress.call()
         if torch.is_grad_enabled():
             self._forwards += 1
         return self._engine(*args, **kwargs)
@@ -110,6 +117,7 @@ class Engine:
 
     def begin_step(self) -> None:
         """Forget every gradient there is; the first call of a step."""
+        self._progress.begin_step()
         ds_internals.forget_gradients(self._engine)
         self._forwards = self._backwards = 0
 
@@ -124,6 +132,7 @@ class Engine:
         """
         if self._forwards == 0:
             raise RuntimeError("backward() without a call of the engine since the last one; sum the losses instead")
+        self._progress.call()
         # ZeRO averages over ranks; the product is also a new tensor, which DeepSpeed's output hooks do not rescale.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
         self._forwards, self._backwards = 0, self._backwards + 1
@@ -145,17 +154,21 @@ class Engine:
         self._optimizer.set_learning_rate(lr)
         outcome = self._step_replicated() if self.stage == 0 else self._step_partitioned()
         self._backwards = 0
+        self._progress.end_step()
         return outcome
 
     def skip_step(self) -> None:
         """Drop the step's gradients without an update; the next step is as if this one had never been."""
         self.begin_step()
 
-    def gradient(self) -> Gradient:
+    def gradient(self, into: Gradient | None = None) -> Gradient:
         """Return a copy of this rank's part of what the ``backward`` calls since ``begin_step`` add up to.
 
         All ranks call it. The accumulated gradient stays as it is: ``step``, another ``backward`` or ``begin_step`` may
         follow. It takes 4 bytes a parameter, divided by the world size.
+
+        Args:
+            into: a gradient that is needed no longer, whose memory is taken.
 
         Raises:
             RuntimeError: if there was no ``backward`` in this step.
@@ -163,7 +176,10 @@ class Engine:
         if self._backwards == 0:
             raise RuntimeError("gradient() without backward()")
         parts: dict[str, list[Tensor]] = {}
-        for component, part in zip(self._flat_components, ds_internals.read_gradient(self._engine), strict=True):
+        memory = None if into is None else self._flat_parts(into)
+        for component, part in zip(
+            self._flat_components, ds_internals.read_gradient(self._engine, memory), strict=True
+        ):
             parts.setdefault(component, []).append(part)
         return Gradient(parts)
 
@@ -182,9 +198,13 @@ class Engine:
 
         All ranks call it. What it has of components that ``step`` leaves out counts in the norm and goes nowhere else.
         """
-        parts = {component: iter(shards) for component, shards in gradient.parts.items()}
-        ds_internals.write_gradient(self._engine, [next(parts[component]) for component in self._flat_components])
+        ds_internals.write_gradient(self._engine, self._flat_parts(gradient))
         self._forwards, self._backwards = 0, 1
+
+    def _flat_parts(self, gradient: Gradient) -> list[Tensor]:
+        """Return a gradient's shards in the order of DeepSpeed's flat tensors."""
+        parts = {component: iter(shards) for component, shards in gradient.parts.items()}
+        return [next(parts[component]) for component in self._flat_components]
 
     def inner_products(
         self, pairs: Sequence[tuple[Gradient, Gradient]], components: Collection[str] | None = None
@@ -203,12 +223,14 @@ class Engine:
 
     def all_reduce(self, values: list[float] | Tensor, op: str = "sum") -> Tensor:
         """Reduce a few numbers over ranks by ``op``, "sum" or "max"; float64, of the same shape, on the CPU."""
+        self._progress.call()
         numbers = torch.as_tensor(values, dtype=torch.float64).to(self.device, copy=True)
         torch.distributed.all_reduce(numbers, _REDUCTIONS[op])
         return numbers.cpu()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+        self._progress.call()
         torch.distributed.barrier()
 
     def save(self, folder: Path) -> None:
@@ -216,6 +238,7 @@ class Engine:
 
         Returns when every rank has written. Writes no pointer and no manifest.
         """
+        self._progress.save()
         save_states(Path(folder), self.rank, self.module, self._flats, self._optimizer.state, self.stage == 0)
         self.barrier()
 

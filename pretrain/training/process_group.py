@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from datetime import timedelta
 
 import deepspeed
@@ -11,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 
 from pretrain.errors import UserError
 from pretrain.training.ds_internals import avoid_shared_memory, forget_process_group
+from pretrain.training.ports import free_port
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -30,7 +30,7 @@ def init_distributed(timeout_seconds: float) -> None:
     missing = [name for name in _VARIABLES if name not in os.environ]
     if {"RANK", "WORLD_SIZE"} <= set(missing):
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     elif missing:
         raise UserError(f"environment: {', '.join(missing)} not set; start with deepspeed, torchrun or srun")
     avoid_shared_memory()
@@ -53,9 +53,3 @@ def shutdown_distributed() -> None:
         else:
             torch.distributed.destroy_process_group()
     forget_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -4,28 +4,30 @@ import argparse
 import fcntl
 import json
 import os
-import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
-from pretrain.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError, unknown
+from pretrain.errors import UserError, unknown
 from pretrain.masking.learning.live import LiveSpans
 from pretrain.recipe import Recipe, load_recipe
+from pretrain.training.beats import Progress
 from pretrain.training.build import Parts, build, device_type
 from pretrain.training.dry_run import dry_run
 from pretrain.training.ds_config import resolve_ds_config
 from pretrain.training.early_stopping import check_stopping
+from pretrain.training.ending import Ending
 from pretrain.training.engine import Engine, init_distributed, shutdown_distributed
 from pretrain.training.log import RunLog, check_trackers
 from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
 from pretrain.training.resuming import check_agreement, resume, starting_point
 from pretrain.training.stop import StopRequest
 from pretrain.training.trainer import Trainer
+from pretrain.training.watch import LIMIT_SECONDS, Watch, collective_timeout
 from pretrain.training.weighing import check_weighing
 
 _ROOT = Path(__file__).parents[2]
@@ -55,7 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|CHECKPOINT", help="what to go on from (default: auto)"
     )
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest wait for another rank")
+    default = LIMIT_SECONDS[device_type()]
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=default,
+        metavar="SECONDS",
+        help=f"how long a rank may hang or be silent until the run ends (default: {default}; 0: for ever)",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to override, dotted")
 
@@ -85,53 +94,40 @@ def launch(args: argparse.Namespace, kind: Kind) -> int:
     Args:
         args: ``ds_config``, ``config``, ``dry_run`` and those of :func:`add_arguments`.
     """
+    stop, ending = StopRequest().install(), Ending(kind.name)
     try:
         with warnings.catch_warnings():
             # DeepSpeed calls collectives by names that torch is about to retire.
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-            _run(args, kind)
-        return EXIT_DONE
-    except UserError as error:
-        return _tell(kind, "error", error, EXIT_USER_ERROR)
-    except RunError as error:
-        return _tell(kind, "failed", error, EXIT_FAILURE)
-    except RuntimeError as error:
-        if not _is_lost_contact(error):
-            raise
-        return _tell(kind, "failed", f"lost contact with another rank ({str(error).splitlines()[0]})", EXIT_FAILURE)
+            return ending.of(lambda: _run(args, kind, stop, ending))
     finally:
+        stop.remove()
         shutdown_distributed()
 
 
-def _run(args: argparse.Namespace, kind: Kind) -> None:
-    stop, lock = StopRequest().install(), None
-    try:
-        recipe = load_recipe(args.config, args.overrides, kind.recipe)
-        world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        share_cores()
-        with recipe.named_in_errors():
-            ds_config = _ds_config(recipe, args.ds_config, world_size)
-            check_trackers(recipe.log.trackers)
-            bf16 = ds_config.get("bf16", {}).get("enabled", False)
-            parts = kind.build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
-            lr_scales = _lr_scales(recipe, parts, kind)
-            check_stopping(parts)
-            check_weighing(parts, world_size)
-            start = starting_point(recipe, args.resume, kind.own_keys) if not args.dry_run else None
-            if rank == 0 and not args.dry_run:
-                lock = _make_folder(recipe)
-        init_distributed(args.timeout)
-        engine = _engine(parts, ds_config, lr_scales)
+def _run(args: argparse.Namespace, kind: Kind, stop: StopRequest, ending: Ending) -> None:
+    recipe = load_recipe(args.config, args.overrides, kind.recipe)
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    share_cores()
+    with recipe.named_in_errors():
+        ds_config = _ds_config(recipe, args.ds_config, world_size)
+        check_trackers(recipe.log.trackers)
+        bf16 = ds_config.get("bf16", {}).get("enabled", False)
+        parts = kind.build(recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
+        lr_scales = _lr_scales(recipe, parts, kind)
+        check_stopping(parts)
+        check_weighing(parts, world_size)
+        start = starting_point(recipe, args.resume, kind.own_keys) if not args.dry_run else None
+    with _own_folder(recipe) if rank == 0 and not args.dry_run else nullcontext():
+        init_distributed(collective_timeout(args.timeout, device_type()))
+        ending.watch = Watch(args.timeout, ending.tell, None if args.dry_run else Path(recipe.run))
+        engine = _engine(parts, ds_config, lr_scales, ending.watch.progress)
         if args.dry_run:
             page = dry_run(parts, engine)
             if rank == 0:
                 print(page, flush=True)
         else:
             _train(kind.trainer(parts, engine, stop), start, ds_config)
-    finally:
-        stop.remove()
-        if lock is not None:
-            lock.close()
 
 
 def _ds_config(recipe: Recipe, path: str, world_size: int) -> dict:
@@ -154,7 +150,7 @@ def _lr_scales(recipe: Recipe, parts: Parts, kind: Kind) -> dict[str, float]:
     return {name: given.get(name, 1.0) * own.get(name, 1.0) for name in parts.components}
 
 
-def _engine(parts: Parts, ds_config: dict, lr_scales: dict[str, float]) -> Engine:
+def _engine(parts: Parts, ds_config: dict, lr_scales: dict[str, float], progress: Progress) -> Engine:
     optimizer = parts.recipe.training.optimizer
     settings = OptimizerSettings(
         name=optimizer.name,
@@ -164,7 +160,7 @@ def _engine(parts: Parts, ds_config: dict, lr_scales: dict[str, float]) -> Engin
         momentum=optimizer.momentum,
     )
     groups = [ParameterGroup(name, params, lr_scales[name]) for name, params in parts.components.items()]
-    return Engine(parts.model, groups, ds_config, settings)
+    return Engine(parts.model, groups, ds_config, settings, progress)
 
 
 def _train(trainer: Trainer, start: Path | None, ds_config: dict) -> None:
@@ -215,18 +211,27 @@ def _train(trainer: Trainer, start: Path | None, ds_config: dict) -> None:
     engine.close()
 
 
-def _make_folder(recipe: Recipe) -> TextIO:
-    """Make the run's folder and return its lock, which is held until the file is closed or the process ends."""
+@contextmanager
+def _own_folder(recipe: Recipe) -> Iterator[None]:
+    """Make the run's folder and hold its lock, of which the system lets go however the process ends.
+
+    Raises:
+        UserError: if it cannot be written, or another training holds it.
+    """
     run = Path(recipe.run)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = open(run / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except BlockingIOError:
-        raise UserError(f"run: another training is writing to '{run}'; wait for it or choose another folder") from None
-    except OSError as error:
-        raise UserError(f"run: cannot write to '{run}': {error.strerror}") from None
+    with recipe.named_in_errors():
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            lock = open(run / ".lock", "w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run: another training is writing to '{run}'; wait for it or choose another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(f"run: cannot write to '{run}': {error.strerror}") from None
+    with lock:
+        yield
 
 
 def share_cores() -> None:
@@ -236,15 +241,3 @@ def share_cores() -> None:
             os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", 1)
         )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-
-
-def _is_lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has gone or does not answer."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-
-
-def _tell(kind: Kind, what: str, error: Exception | str, code: int) -> int:
-    """Print one line, from one rank only when all of them have it."""
-    if code == EXIT_FAILURE or int(os.environ.get("RANK", 0)) == 0:
-        print(f"{kind.name}: {what}: {error}", file=sys.stderr, flush=True)
-    return code
