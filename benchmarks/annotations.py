@@ -60,7 +60,7 @@ def measure(folder: Path, size: str, batches: int, steps: int) -> list[dict]:
         objectives[name] = build_objectives(parse_objectives({"mlm": config}, "benchmark"), VOCABULARY, seed=0)["mlm"]
         wanted = {its: Annotation(store, its, kind) for its, kind in objectives[name].annotations.items()}
         loaders[name] = Loader(store, seed=seed, annotations=wanted, **keys)  # other samples each
-        for _ in range(batches):  # so that the memory is mapped
+        for _ in range(batches):  # so that the files are in the system's cache
             loaders[name].next()
     config = backbone_config(ModelConfig(size=size, dropout=0.0), VOCABULARY, 128)
     encoder = build_encoder(ModelConfig(size=size), config, device_type="cpu", dtype=torch.float32)

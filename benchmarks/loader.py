@@ -24,7 +24,8 @@ from benchmarks import peers
 from benchmarks.common import append_result, default_store, environment, print_table
 from benchmarks.peers import Stopwatch
 from pretrain.data.loader import Loader
-from pretrain.data.store import Store, StoreWriter
+from pretrain.data.store import Store
+from pretrain.data.store_writer import StoreWriter
 from pretrain.data.tokenization import load_tokenizer
 from pretrain.model.vocabulary import Vocabulary
 from pretrain.objectives import build_objectives

@@ -22,7 +22,8 @@ import torch
 from benchmarks.common import ROOT, append_result, default_store, environment, now, print_table
 from benchmarks.training import build_trainer
 from pretrain.data.output import whole_folder
-from pretrain.data.store import Store, StoreWriter
+from pretrain.data.store import Store
+from pretrain.data.store_writer import StoreWriter
 from pretrain.influence import build_weigher
 from pretrain.recipe import recipe_from
 from pretrain.training.build import device_type
@@ -227,7 +228,8 @@ def full_store(sequence: int, vocabulary: int) -> Path:
         source = default_store(128, vocabulary)
         store = Store(source / "train")
         first, last = (int(store[0][place]) for place in (0, -1))
-        text = np.array(store.tokens[~np.isin(store.tokens, (first, last))])
+        tokens = store.tokens[:]
+        text = tokens[~np.isin(tokens, (first, last))]
         samples = np.empty((len(text) // (sequence - 2), sequence), np.int64)
         samples[:, 0], samples[:, -1] = first, last
         samples[:, 1:-1] = text[: len(samples) * (sequence - 2)].reshape(len(samples), -1)

@@ -135,7 +135,7 @@ class Peer:
         self.config = backbone_config(parts.recipe.model, parts.vocabulary, parts.store.max_length)
         self.weights = {name: each.clone() for name, each in parts.model.encoder.pretrained.state_dict().items()}
         self.dataset = Dataset.from_list(peers.examples(parts.store, parts.vocabulary))
-        self.lengths = parts.store.lengths.tolist()
+        self.lengths = parts.store.lengths[:].tolist()
         self.settings = peers.Settings(
             samples=args.samples,
             steps=args.steps,

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, PrivateAttr
 
 from pretrain.config import Config, apply_overrides, parse, read_yaml
+from pretrain.data.local_cache import CacheConfig
 from pretrain.errors import UserError
 from pretrain.influence import WeigherConfig, parse_weigher
 from pretrain.model.encoder import ModelConfig
@@ -30,6 +31,8 @@ class DataConfig(Config):
     """Places a row, in tokens; null takes the longest sample, or with packing four times that."""
     packing_window: int = Field(4096, ge=1)
     """Samples that are packed together; more fill the rows better and cost start-up time."""
+    cache: CacheConfig | None = None
+    """Copies of the store's files on each node's own disk, made while training; null makes none."""
 
 
 class OptimizerConfig(Config):

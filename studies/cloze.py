@@ -24,7 +24,8 @@ from fused_objectives.targets import IGNORED
 from pretrain.data.alignment import Detokenizer, TokenText, numbered_spans
 from pretrain.data.batch import Batch, collate
 from pretrain.data.output import whole_folder
-from pretrain.data.store import Store, StoreWriter
+from pretrain.data.store import Store
+from pretrain.data.store_writer import StoreWriter
 from pretrain.data.tokenization import barred_ids
 from pretrain.errors import UserError
 

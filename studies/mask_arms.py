@@ -100,14 +100,15 @@ def make_annotation(name: str, at: Workplace) -> None:
 
 def write_spans(store: Store, name: str, spans: dict[int, list[tuple[int, int]]]) -> None:
     """Write an annotation of kind ``spans``: sample → (first, last) places, without overlap."""
-    units = np.full(int(store.lengths.sum()), NO_UNIT, np.int64)
-    starts = np.cumsum(store.lengths.astype(np.int64)) - store.lengths
+    lengths = store.lengths[:]
+    units = np.full(int(lengths.sum()), NO_UNIT, np.int64)
+    starts = np.cumsum(lengths) - lengths
     for sample, its in spans.items():
         for number, (first, last) in enumerate(sorted(its)):
             units[starts[sample] + first : starts[sample] + last + 1] = number
     writer = AnnotationWriter(folder_of(store, name), "spans", {"study": name}, store.fingerprint)
     try:
-        writer.append(units, store.lengths)
+        writer.append(units, lengths)
         writer.finish()
         writer.publish()
     finally:
@@ -116,8 +117,8 @@ def write_spans(store: Store, name: str, spans: dict[int, list[tuple[int, int]]]
 
 def read_spans(store: Store, name: str) -> dict[int, list[tuple[int, int]]]:
     """Read an annotation of kind ``spans``; samples without one are missing."""
-    units, found = Annotation(store, name, "spans").units, {}
-    for sample, (start, length) in enumerate(zip(store.offsets.tolist(), store.lengths.tolist(), strict=True)):
+    units, found = Annotation(store, name, "spans").units[:], {}
+    for sample, (start, length) in enumerate(store.index[:].tolist()):
         its = units[start : start + length]
         inside = np.flatnonzero(its != NO_UNIT)
         if len(inside):

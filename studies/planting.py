@@ -18,7 +18,8 @@ from pretrain.data.documents import Reader, Tally
 from pretrain.data.output import whole_folder
 from pretrain.data.sources import find_sources
 from pretrain.data.splitting import cut_text
-from pretrain.data.store import Store, StoreWriter
+from pretrain.data.store import Store
+from pretrain.data.store_writer import StoreWriter
 from pretrain.data.tokenization import barred_ids, continues_word, load_tokenizer
 from pretrain.errors import UserError
 

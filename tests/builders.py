@@ -12,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from pretrain.data.batch import Batch
-from pretrain.data.store import Store, StoreWriter
+from pretrain.data.store import Store
+from pretrain.data.store_writer import StoreWriter
 from pretrain.model.encoder import Encoder, ModelConfig, backbone_config, build_encoder
 from pretrain.model.vocabulary import Vocabulary
 

@@ -229,7 +229,7 @@ def test_what_an_arm_spends_is_counted_token_by_token(tasks, tmp_path):
     lengths = {name: [len(encode(json.loads(r)["text"])["input_ids"]) for r in its] for name, its in rows.items()}
     train, dev = lengths["train"], lengths["dev"]
     assert (costs.epoch, costs.scoring) == (3 * sum(train) + sum(dev), sum(dev))
-    corpus = Store(tokenizer / "train").lengths.mean()
+    corpus = Store(tokenizer / "train").lengths[:].mean()
     assert costs.step["tapt"] == pytest.approx(3 * 5 * np.mean(train))
     assert costs.step["mt"] == pytest.approx(3 * 5 * (2 * np.mean(train) + corpus))
     assert costs.step["meta"] - costs.step["mt"] == pytest.approx((3 * 4 + 2) * np.mean(dev))

@@ -57,7 +57,7 @@ class UnitMaker:
         mark = self.annotator.start()
 
         def work(samples: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-            ids = [store[sample] for sample in range(*samples)]
+            ids = store.samples(slice(*samples))
             texts = [text_of(sample) for sample in ids]
             marked = mark([found.text for found in texts])
             units = []
@@ -106,7 +106,7 @@ def annotate(
 
     def units(store: Store, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         maker = UnitMaker(store.folder, tokenizer_file, barred, annotator)
-        left = int(store.lengths[first:].sum())
+        left = len(store.tokens) - (int(store.offsets[first]) if first < len(store) else 0)
         return in_order(maker.start, chunks(store, first), min(workers or cores(), max(1, left // BATCH_TOKENS)))
 
     return annotate_stores(todo, name, annotator.kind, made_by, units)
@@ -226,8 +226,8 @@ def _write_units(store: Store, source: UnitSource, writer: AnnotationWriter, spl
 def chunks(store: Store, first: int) -> Iterator[tuple[int, int]]:
     """Yield (first sample, one behind the last) of about ``BATCH_TOKENS`` each."""
     while first < len(store):
-        ends = store.offsets[first : first + BATCH_TOKENS] + store.lengths[first : first + BATCH_TOKENS]
-        last = first + max(1, int(np.searchsorted(ends, store.offsets[first] + BATCH_TOKENS, side="right")))
+        index = store.index[first : first + BATCH_TOKENS]
+        last = first + max(1, int(np.searchsorted(index.sum(axis=1), index[0, 0] + BATCH_TOKENS, side="right")))
         yield first, last
         first = last
 

@@ -2,7 +2,7 @@
 
 An annotation of a store is a folder of two files within it::
 
-    annotations/NAME/units.bin   one little-endian uint16 a token of tokens.bin, 65535 where there is nothing to say
+    annotations/NAME/units.bin   one little-endian uint16 a token of the store, by its offset; 65535: nothing to say
     annotations/NAME/meta.json   format version, kind, the store's fingerprint, counts, what made it
 
 A view's annotations are those of the store whose samples it shows.
@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.store import Store, StoreWriter
+from pretrain.data.disk_array import DiskArray, Part
+from pretrain.data.store import Store
+from pretrain.data.store_writer import StoreWriter
 from pretrain.errors import UserError, nearest
 
 FORMAT_VERSION = 1
@@ -30,7 +32,7 @@ NO_UNIT = 2**16 - 1
 
 
 class Annotation:
-    """Read access to one annotation of a store; opens in constant time.
+    """Read access to one annotation of a store; opens in constant time. ``units`` are the tokens' by their offsets.
 
     Raises:
         UserError: if the store has none of this name, or it is of another kind, made for another store, or damaged.
@@ -59,15 +61,12 @@ class Annotation:
             raise UserError(
                 f"{self.folder}: holds {self.meta.get('kind')}, but {kind} are needed; name another annotation"
             )
-        tokens, file = int(store.meta["tokens"]), self.folder / "units.bin"
-        if not file.is_file() or file.stat().st_size != 2 * tokens:
-            raise UserError(f"{file}: is damaged: not 2 bytes for each of {tokens:,} tokens; {again}")
-        self.units = np.memmap(file, "<u2", "r") if tokens else np.empty(0, np.uint16)
+        self.units = DiskArray([Part(self.folder / "units.bin", int(store.meta["tokens"]))], "<u2", again)
 
-    def look_up(self, ids: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Return the units of the samples ``ids``, one after another; ``places`` are those of their tokens in the
-        store."""
-        return self.units[places]
+    def look_up(self, ids: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return the units of the samples ``ids``, one after another; ``offsets`` and ``lengths`` are those of their
+        tokens in the store."""
+        return self.units.runs(offsets, lengths)
 
 
 def folder_of(store: Store | StoreWriter, name: str) -> Path:

@@ -73,6 +73,7 @@ def collate(
     row_length: int,
     pad_id: int,
     annotations: Mapping[str, Annotation] | None = None,
+    index: np.ndarray | None = None,
 ) -> Batch:
     """Lay samples out in rows.
 
@@ -84,36 +85,32 @@ def collate(
         row_length: places a row.
         pad_id: token that fills what is left.
         annotations: those of the store whose units are wanted, by name.
+        index: ``[S, 2]`` int64: the store's index of the samples, where it has been read already.
     """
     ids = np.concatenate(rows) if rows else np.empty(0, np.int64)
-    lengths = store.lengths[ids].astype(np.int64)
+    offsets, lengths = (store.index[ids] if index is None else index).T
     sample_rows = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    starts = np.cumsum(lengths) - lengths
-    row_starts = np.cumsum(np.bincount(sample_rows, lengths, len(rows)).astype(np.int64))
-    row_starts = np.concatenate([[0], row_starts])[:-1]
-    column = starts - row_starts[sample_rows] if len(ids) else starts
+    filled = np.bincount(sample_rows, lengths, len(rows))
+    real = np.arange(row_length) < filled[:, None]  # in the order of places as in that of samples
 
-    segments, counted = np.repeat(np.arange(len(ids)), lengths), np.arange(lengths.sum())
-    places = np.repeat(sample_rows * row_length + column - starts, lengths) + counted
-    flat = np.full((3, len(rows) * row_length), -1, np.int64)
-    flat[0], flat[2] = pad_id, 0
-    sources = np.repeat(store.offsets[ids] - starts, lengths) + counted
-    flat[0, places] = store.tokens[sources]
-    flat[1, places] = segments
-    flat[2, places] = counted - np.repeat(starts, lengths)
-    tokens, segment_ids, position_ids = torch.from_numpy(flat.reshape(3, len(rows), row_length))
+    flat = np.empty((3, len(rows), row_length), np.int64)
+    flat[0], flat[1], flat[2] = pad_id, -1, 0
+    flat[0][real] = store.tokens.runs(offsets, lengths)
+    flat[1][real] = np.repeat(np.arange(len(ids)), lengths)
+    flat[2][real] = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    tokens, segment_ids, position_ids = torch.from_numpy(flat)
     units = {}
     for name, annotation in (annotations or {}).items():
-        laid_out = np.full(len(rows) * row_length, NO_UNIT, np.int64)
-        laid_out[places] = annotation.look_up(ids, sources)
-        units[name] = torch.from_numpy(laid_out.reshape(len(rows), row_length))
+        laid_out = np.full(real.shape, NO_UNIT, np.int64)
+        laid_out[real] = annotation.look_up(ids, offsets, lengths)
+        units[name] = torch.from_numpy(laid_out)
     return Batch(
         tokens=tokens,
         segment_ids=segment_ids,
         position_ids=position_ids,
         sample_ids=torch.from_numpy(ids),
         visits=torch.from_numpy(np.concatenate(visits) if visits else np.empty(0, np.int64)),
-        lengths=torch.from_numpy(lengths),
+        lengths=torch.from_numpy(np.ascontiguousarray(lengths)),
         sample_rows=torch.from_numpy(sample_rows + first_row),
         units=units,
     )

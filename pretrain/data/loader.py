@@ -37,7 +37,7 @@ class Loader:
     The stream of samples (see :func:`pretrain.data.order.shuffled`) is cut into windows; each window's samples are
     packed into rows and the rows shuffled; a step takes the next ``batch_rows`` rows. Everything is a function of
     (seed, window, row), so the state is three counters, and going on from any of them takes the time to pack one
-    window.
+    window, whatever the store's size.
 
     Args:
         store: the samples.
@@ -89,7 +89,7 @@ class Loader:
         """Raise :class:`UserError` if the whole store fills less than one global batch."""
         rows = window = 0
         while rows < self.batch_rows and window * self.window_size < len(self.store):
-            rows += len(self._window_rows(window)[0])
+            rows += len(self._window_rows(window))
             window += 1
         if rows < self.batch_rows:
             raise UserError(
@@ -97,46 +97,53 @@ class Loader:
                 f"less than one batch (training.batch_rows = {self.batch_rows}); use a larger corpus or a smaller batch"
             )
 
-    def _pack_window(self, window: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Return the rows of one window: for each row its samples' ids, and their visits."""
+    def _pack_window(self, window: int) -> list[np.ndarray]:
+        """Return the rows of one window: of each ``[samples, 4]`` int64, their ids, visits, offsets and lengths."""
         positions = np.arange(window * self.window_size, (window + 1) * self.window_size)
         ids, visits = shuffled(positions, len(self.store), self.seed)
+        samples = np.concatenate([np.stack([ids, visits], axis=1), self.store.index[ids]], axis=1)
         if not self.packing:
-            return list(ids[:, None]), list(visits[:, None])
-        rows = pack(self.store.lengths[ids], self.row_length)
+            return list(samples[:, None])
+        rows = pack(samples[:, 3], self.row_length)
         draws = philox(self.seed, "row order", np.arange(len(rows)), window & 0xFFFFFFFF, window >> 32)[0]
         order = np.argsort(draws, kind="stable")
-        rows = [np.array(rows[i]) for i in order]
-        return [ids[row] for row in rows], [visits[row] for row in rows]
+        return [samples[rows[i]] for i in order]
 
     def next(self) -> StepBatch:
         """Return this rank's part of the next global batch and move on."""
         rows: list[np.ndarray] = []
-        visits: list[np.ndarray] = []
         while len(rows) < self.batch_rows:
-            window_rows, window_visits = self._window_rows(self.window)
+            window_rows = self._window_rows(self.window)
             taken = slice(self.row, self.row + self.batch_rows - len(rows))
             rows += window_rows[taken]
-            visits += window_visits[taken]
             self.row = min(taken.stop, len(window_rows))
             if self.row == len(window_rows):
                 self.window, self.row = self.window + 1, 0
-        ids = np.concatenate(rows)
+        ids, _, _, lengths = np.concatenate(rows).T
         self.samples += len(ids)
         stride = self.micro_batch_rows * self.world_size
         starts = range(self.rank * self.micro_batch_rows, self.batch_rows, stride)
         before = np.cumsum([0, *map(len, rows)])
         return StepBatch(
-            [self._micro_batch(rows, visits, start) for start in starts],
+            [self._micro_batch(rows, start) for start in starts],
             [int(before[start]) for start in starts],
             samples=len(ids),
-            tokens=int(self.store.lengths[ids].sum()),
+            tokens=int(lengths.sum()),
             sample_ids_sha256=hashlib.sha256(np.sort(ids).astype("<i8").tobytes()).hexdigest(),
         )
 
-    def _micro_batch(self, rows: list[np.ndarray], visits: list[np.ndarray], start: int) -> Batch:
-        part = slice(start, start + self.micro_batch_rows)
-        return collate(self.store, rows[part], visits[part], start, self.row_length, self.pad_id, self.annotations)
+    def _micro_batch(self, rows: list[np.ndarray], start: int) -> Batch:
+        rows = rows[start : start + self.micro_batch_rows]
+        return collate(
+            self.store,
+            [row[:, 0] for row in rows],
+            [row[:, 1] for row in rows],
+            start,
+            self.row_length,
+            self.pad_id,
+            self.annotations,
+            np.concatenate(rows)[:, 2:],
+        )
 
     def state_dict(self) -> dict:
         """Return the position, and what must be equal for it to mean the same samples."""

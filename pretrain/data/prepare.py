@@ -19,7 +19,7 @@ from pretrain.data.output import whole_folder
 from pretrain.data.pool import cores, in_order
 from pretrain.data.samples import SampleMaker
 from pretrain.data.sources import Source, find_sources
-from pretrain.data.store import StoreWriter
+from pretrain.data.store_writer import SHARD_MEGABYTES, StoreWriter
 from pretrain.data.tokenization import KINDS, barred_ids, frame, load_tokenizer, train_tokenizer
 from pretrain.errors import UserError, unknown
 
@@ -105,7 +105,12 @@ class Counts:
 
 
 def prepare(
-    inputs: Iterable[str | Path], out: str | Path, workers: int | None = None, overwrite: bool = False, **options
+    inputs: Iterable[str | Path],
+    out: str | Path,
+    workers: int | None = None,
+    overwrite: bool = False,
+    shard_megabytes: float = SHARD_MEGABYTES,
+    **options,
 ) -> dict:
     """Turn text into the prepared corpus ``out``.
 
@@ -113,6 +118,7 @@ def prepare(
         inputs: files, folders, globs, or ``hf:NAME_OR_PATH`` for a Hugging Face dataset.
         workers: number of processes, by default one a core. The result does not depend on it.
         overwrite: replace ``out`` if it is a prepared corpus.
+        shard_megabytes: most of a file of tokens, in 10⁶ bytes. Nothing else depends on it.
         options: fields of :class:`Options`.
 
     Returns:
@@ -129,6 +135,8 @@ def prepare(
     inputs = [str(name) for name in inputs]
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
+    if not 0 < shard_megabytes < float("inf"):
+        raise UserError(f"--shard-megabytes {shard_megabytes:g}: must be above 0")
     sources, passed_over = find_sources(inputs)
     if passed_over:
         _say(f"passed over {len(passed_over):,} files with other suffixes, such as {passed_over[0]}")
@@ -139,7 +147,7 @@ def prepare(
     began = time.monotonic()
     with whole_folder(out, overwrite, MARKS) as folder:
         vocabulary_size, maker = _make_tokenizer(sources, settings, folder / "tokenizer", makers)
-        writers = {split: StoreWriter(folder / split, vocabulary_size) for split in SPLITS}
+        writers = {split: StoreWriter(folder / split, vocabulary_size, shard_megabytes) for split in SPLITS}
         units = {
             (split, one.name): AnnotationWriter(folder_of(writers[split], one.name), one.kind, made_by[one.name])
             for split in SPLITS
@@ -321,13 +329,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("running").add_argument
     add("--workers", type=int, metavar="N", help="processes (default: one a core); the result is the same")
     add("--overwrite", action="store_true", help="replace a prepared corpus")
+    add(
+        "--shard-megabytes",
+        type=float,
+        default=SHARD_MEGABYTES,
+        metavar="N",
+        help="most of a file of tokens, in 10^6 bytes (default: %(default)g)",
+    )
     parser.set_defaults(**default)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run ``medley prepare`` and print its summary."""
     options = {field.name: getattr(args, field.name) for field in fields(Options)}
-    summary = prepare(args.inputs, args.out, args.workers, args.overwrite, **options)
+    summary = prepare(args.inputs, args.out, args.workers, args.overwrite, args.shard_megabytes, **options)
     documents, samples, tokens = (summary[name] for name in ("documents", "samples", "tokens"))
     print(f"{'':9}{'documents':>14}{'samples':>14}{'tokens':>16}{'tokens/sample':>15}")
     for split in SPLITS:

@@ -1,4 +1,4 @@
-"""The token store: memory-mapped samples of token ids.
+"""The token store: samples of token ids in files that are read and never mapped.
 
 A prepared corpus is a folder::
 
@@ -6,72 +6,56 @@ A prepared corpus is a folder::
     train/                a store
     heldout/              a store of the documents held out
 
-and each store is a folder of three files::
+and each store is a folder of files::
 
-    tokens.bin            all samples one after another, little-endian uint16 or uint32
-    index.npy             [samples, 2] int64: offset into tokens.bin and length, in tokens
-    meta.json             format version, dtype, counts, tokenizer and its hash, source, fingerprint
+    tokens-00000.bin …    shards: all samples one after another, little-endian uint16 or uint32; none in two shards
+    index.npy             [samples, 2] int64: offset and length in tokens; offsets count through all shards
+    meta.json             format version, dtype, counts, the files' sizes and hashes, tokenizer, source, fingerprint
 
 A sample holds its special tokens ([CLS] … [SEP] or the like) as it will be fed to the model. Its global id is its
-index in the store and never changes.
+index in the store and never changes. How many shards there are changes nothing else: neither ids nor offsets nor the
+fingerprint.
 
-A *view* is a store of some samples of another: it has no ``tokens.bin``, its offsets are those in the other's, which
+A *view* is a store of some samples of another: it has no tokens, its offsets are those in the other's, which
 ``view_of`` in ``meta.json`` names. See ``view.py``.
 """
 
-import hashlib
 import json
-import shutil
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from pretrain.data.disk_array import DiskArray, Part
 from pretrain.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WHOLE_VERSION = 1  # its stores have all tokens in ``tokens.bin``, and no hashes of files
+AGAIN = "the store is damaged: prepare the corpus again"
+ROW = np.dtype(("<i8", (2,)))  # of the index
 
 
 class Store:
-    """Read access to one store; opens in constant time and maps the files instead of reading them.
+    """Read access to one store: opens in constant time, holds what was asked for, and maps nothing.
+
+    Attributes:
+        index: ``index[samples]`` reads offsets and lengths in tokens, ``[…, 2]`` int64; ``offsets`` and ``lengths`` are
+            its columns.
+        tokens: the tokens by their offsets. ``tokens.runs(offsets, lengths)`` reads samples one after another.
 
     Raises:
         UserError: if the folder is not a store, is of another format version, or a file's size contradicts
             ``meta.json`` (a truncated copy, say).
+        RunError: on reading, if a file has vanished or was cut short since.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        meta_file = self.folder / "meta.json"
-        if not meta_file.is_file():
-            hint = " (it holds a 'train' store: a prepared corpus?)" if (self.folder / "train").is_dir() else ""
-            raise UserError(f"{self.folder}: not a token store: no meta.json{hint}; make one with 'medley prepare'")
-        try:
-            self.meta = json.loads(meta_file.read_text())
-            self.dtype, samples, tokens = np.dtype(self.meta["dtype"]), self.meta["samples"], self.meta["tokens"]
-            _ = self.meta["max_length"], self.meta["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{meta_file}: not a store's meta.json ({error!r}); prepare the corpus again") from None
-        if self.meta.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{meta_file}: format version {self.meta.get('format_version')}, this program reads {FORMAT_VERSION}; "
-                "prepare the corpus again"
-            )
+        self.meta = _read_meta(self.folder)
+        self.dtype = np.dtype(self.meta["dtype"])
         self._source = self._open_source() if "view_of" in self.meta else None
-        if self._source is None:
-            self._check_size("tokens.bin", tokens * self.dtype.itemsize)
-            self.tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r") if tokens else np.empty(0, self.dtype)
-        else:
-            self.tokens = self._source.tokens
-        try:
-            index = np.load(self.folder / "index.npy", mmap_mode="r" if samples else None)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.folder / 'index.npy'}: cannot be read ({error}); prepare the corpus again"
-            ) from None
-        if index.shape != (samples, 2):
-            raise UserError(f"{self.folder / 'index.npy'}: shape {index.shape}, but meta.json says ({samples}, 2)")
-        self.offsets, self.lengths = index[:, 0], index[:, 1]
+        self.tokens = self._open_tokens() if self._source is None else self._source.tokens
+        self.index = self._open_index()
+        self.offsets, self.lengths = Column(self.index, 0), Column(self.index, 1)
 
     def _open_source(self) -> "Store":
         """Return the store whose tokens a view shows."""
@@ -84,25 +68,50 @@ class Store:
             raise UserError(f"{self.folder}: is a view of another store than there is at {folder} now; {again}")
         return source
 
+    def _open_tokens(self) -> DiskArray:
+        size, tokens = self.dtype.itemsize, int(self.meta["tokens"])
+        whole = [{"file": "tokens.bin", "bytes": tokens * size, "sha256": None}]
+        shards = whole if self.meta["format_version"] == WHOLE_VERSION else self.meta["shards"]
+        parts = [
+            Part(self.folder / shard["file"], int(shard["bytes"]) // size, sha256=shard["sha256"]) for shard in shards
+        ]
+        if sum(part.items for part in parts) != tokens:
+            raise UserError(f"{self.folder / 'meta.json'}: its shards do not add up to {tokens:,} tokens; {AGAIN}")
+        return DiskArray(parts, self.dtype, AGAIN)
+
+    def _open_index(self) -> DiskArray:
+        file, samples = self.folder / "index.npy", len(self)
+        try:
+            with open(file, "rb") as opened:
+                if np.lib.format.read_magic(opened) != (1, 0):
+                    raise ValueError("not of version 1.0 of its format")
+                shape, transposed, dtype = np.lib.format.read_array_header_1_0(opened)
+                skipped = opened.tell()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); {AGAIN}") from None
+        if (shape, transposed, dtype) != ((samples, 2), False, ROW.base):
+            raise UserError(f"{file}: {dtype} of shape {shape}, but meta.json says {ROW.base} of ({samples}, 2)")
+        return DiskArray([Part(file, samples, skipped, self.meta.get("index", {}).get("sha256"))], ROW, AGAIN)
+
     @property
     def source(self) -> "Store":
         """The store that holds the tokens, and what is kept beside them: of a view another one, else this."""
         return self if self._source is None else self._source
 
-    def _check_size(self, name: str, expected: int) -> None:
-        path = self.folder / name
-        size = path.stat().st_size if path.is_file() else -1
-        if size != expected:
-            found = "is missing" if size < 0 else f"has {size} bytes"
-            raise UserError(f"{path}: {found}, but meta.json says {expected}; the store is damaged: prepare it again")
-
     def __len__(self) -> int:
         return int(self.meta["samples"])
 
+    def __reduce__(self) -> tuple:
+        return Store, (self.folder,)  # another process opens it for itself
+
     def __getitem__(self, sample_id: int) -> np.ndarray:
-        """Return the token ids of one sample, ``[length]`` in the store's dtype (a view of the map)."""
-        start = self.offsets[sample_id]
-        return self.tokens[start : start + self.lengths[sample_id]]
+        """Return the token ids of one sample, ``[length]`` in the store's dtype."""
+        return self.tokens.runs(*self.index[[sample_id]].T)
+
+    def samples(self, ids: np.ndarray | slice) -> list[np.ndarray]:
+        """Return the token ids of several samples, read together, each as ``store[id]`` has them."""
+        offsets, lengths = self.index[ids].T
+        return np.split(self.tokens.runs(offsets, lengths), np.cumsum(lengths)[:-1]) if len(lengths) else []
 
     def token_counts(self, vocabulary_size: int, sampled: int = 2**22, pieces: int = 64) -> np.ndarray:
         """Count tokens in ``pieces`` evenly spaced parts of the store, ``sampled`` tokens in all or the whole of a
@@ -110,10 +119,10 @@ class Store:
         if self._source is not None:  # its samples do not lie side by side
             number = min(len(self), 1 + sampled * len(self) // max(1, self.meta["tokens"]))
             chosen = np.linspace(0, len(self) - 1, number).astype(np.int64)
-            return np.bincount(np.concatenate([self[sample] for sample in chosen]), minlength=vocabulary_size)
+            return np.bincount(self.tokens.runs(*self.index[chosen].T), minlength=vocabulary_size)
         total, size = len(self.tokens), -(-sampled // pieces)
         if total <= sampled:
-            return np.bincount(self.tokens, minlength=vocabulary_size)
+            return np.bincount(self.tokens[:], minlength=vocabulary_size)
         starts = np.linspace(0, total - size, pieces).astype(np.int64)
         return sum(np.bincount(self.tokens[start : start + size], minlength=vocabulary_size) for start in starts)
 
@@ -128,66 +137,39 @@ class Store:
         return int(self.meta["max_length"])
 
 
-class StoreWriter:
-    """Writes one store sample by sample in constant memory. The folder is a store only after :meth:`close`."""
+class Column:
+    """One column of a store's index, read where it is indexed: ``[…]`` int64."""
 
-    def __init__(self, folder: str | Path, vocabulary_size: int):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True)
-        self.vocabulary_size = vocabulary_size
-        self.dtype = np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
-        self.samples = self.token_count = self.max_length = 0
-        self._tokens = open(self.folder / "tokens.bin", "wb")
-        self._index = open(self.folder / "index.raw", "wb")
-        self._tokens_hash, self._index_hash = hashlib.sha256(), hashlib.sha256()
+    def __init__(self, index: DiskArray, number: int):
+        self.index, self.number = index, number
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Add samples: ``tokens [sum of lengths]`` of any integer dtype, ``lengths [samples]``, none of them zero.
+    def __len__(self) -> int:
+        return len(self.index)
 
-        Raises:
-            ValueError: if the lengths do not add up to the tokens, or a token is not in the vocabulary.
-        """
-        tokens, lengths = np.asarray(tokens), np.asarray(lengths, np.int64)
-        if len(tokens) != lengths.sum() or (lengths < 1).any():
-            raise ValueError(f"{len(tokens)} tokens, but positive lengths that add up to {lengths.sum()}")
-        if len(tokens) == 0:
-            return
-        if tokens.min() < 0 or tokens.max() >= self.vocabulary_size:
-            raise ValueError(f"token ids {tokens.min()}…{tokens.max()}, vocabulary of {self.vocabulary_size}")
-        index = np.stack([self.token_count + np.cumsum(lengths) - lengths, lengths], axis=1).astype("<i8")
-        _write(self._tokens, self._tokens_hash, tokens.astype(self.dtype).tobytes())
-        _write(self._index, self._index_hash, index.tobytes())
-        self.samples += len(lengths)
-        self.token_count += len(tokens)
-        self.max_length = max(self.max_length, int(lengths.max()))
+    def __getitem__(self, key) -> np.ndarray:
+        return self.index[key][..., self.number]
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the tokens and index so far."""
-        return hashlib.sha256(self._tokens_hash.digest() + self._index_hash.digest()).hexdigest()
-
-    def close(self, **meta) -> None:
-        """Turn the folder into a store; ``meta`` (tokenizer, source, …) is added to ``meta.json``."""
-        self._tokens.close()
-        self._index.close()
-        raw = self.folder / "index.raw"
-        with open(self.folder / "index.npy", "wb") as out, open(raw, "rb") as rows:
-            header = {"descr": "<i8", "fortran_order": False, "shape": (self.samples, 2)}
-            np.lib.format.write_array_header_1_0(out, header)
-            shutil.copyfileobj(rows, out, 1 << 20)
-        raw.unlink()
-        document = {
-            "format_version": FORMAT_VERSION,
-            "dtype": self.dtype.str,
-            "samples": self.samples,
-            "tokens": self.token_count,
-            "max_length": self.max_length,
-            "fingerprint": self.fingerprint,
-            **meta,
-        }
-        (self.folder / "meta.json").write_text(json.dumps(document, indent=2) + "\n")
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self[:] if dtype is None else self[:].astype(dtype)
 
 
-def _write(file: BinaryIO, digest, content: bytes) -> None:
-    file.write(content)
-    digest.update(content)
+def _read_meta(folder: Path) -> dict:
+    """Return a store's ``meta.json``, of a version and with the keys that a reader needs."""
+    file = folder / "meta.json"
+    if not file.is_file():
+        hint = " (it holds a 'train' store: a prepared corpus?)" if (folder / "train").is_dir() else ""
+        raise UserError(f"{folder}: not a token store: no meta.json{hint}; make one with 'medley prepare'")
+    try:
+        meta = json.loads(file.read_text())
+        version = meta["format_version"]
+        needed = ["dtype", "samples", "tokens", "max_length", "fingerprint"]
+        needed += ["shards"] if version == FORMAT_VERSION and "view_of" not in meta else []
+        _ = [meta[key] for key in needed]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a store's meta.json ({error!r}); prepare the corpus again") from None
+    if version not in (WHOLE_VERSION, FORMAT_VERSION):
+        raise UserError(
+            f"{file}: format version {version}, this program reads {WHOLE_VERSION} and {FORMAT_VERSION}; prepare the "
+            "corpus again"
+        )
+    return meta

@@ -1,6 +1,7 @@
 """Views: a prepared corpus that shows some samples of another and copies no tokens."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.store import FORMAT_VERSION, Store
+from pretrain.data.store_writer import write_index
 
 
 def write_view(folder: Path, corpus: Path, kept: np.ndarray, published: Path, **meta) -> None:
@@ -30,8 +32,7 @@ def write_view(folder: Path, corpus: Path, kept: np.ndarray, published: Path, **
 
 def _write(folder: Path, store: Store, kept: np.ndarray, published: Path, meta: dict) -> None:
     folder.mkdir()
-    index = np.stack([store.offsets[kept], store.lengths[kept]], axis=1).astype("<i8")
-    np.save(folder / "index.npy", index)
+    index = store.index[kept]
     parts = bytes.fromhex(store.source.fingerprint) + hashlib.sha256(index.tobytes()).digest()
     whole = len(kept) == len(store) and (kept == np.arange(len(store))).all()
     document = {
@@ -45,6 +46,7 @@ def _write(folder: Path, store: Store, kept: np.ndarray, published: Path, meta: 
             "folder": os.path.relpath(store.source.folder.resolve(), published.resolve()),
             "fingerprint": store.source.fingerprint,
         },
+        "index": write_index(folder, len(kept), io.BytesIO(index.tobytes())),
         **({"tokenizer": store.meta["tokenizer"]} if "tokenizer" in store.meta else {}),
         **meta,
     }

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fused_objectives.backend import why_no_triton
 from pretrain.data.annotations import Annotation
 from pretrain.data.loader import Loader
+from pretrain.data.local_cache import LocalCache
 from pretrain.data.store import Store
 from pretrain.data.tokenization import load_tokenizer
 from pretrain.errors import UserError
@@ -48,9 +49,14 @@ class Parts:
     row_length: int
     extractors: dict[str, LiveExtractor]
     """Those that compute an annotation while training, by its name."""
+    cache: LocalCache | None
+    """Of the training samples, on this node's disk."""
 
     def loader(self, *, rank: int, world_size: int) -> Loader:
-        """Build the loader of the training samples for one rank."""
+        """Build the loader of the training samples for one rank; from now on they are copied to the node's disk, if the
+        recipe says so."""
+        if self.cache is not None:
+            self.cache.start()
         return self._loader(self.store, self.recipe.training.batch_rows, self.recipe.seed, rank, world_size)
 
     def heldout_loader(self, *, rank: int, world_size: int) -> Loader | None:
@@ -131,8 +137,9 @@ def build(recipe: Recipe, *, dtype: torch.dtype) -> Parts:
         weigher=_weigher(recipe, model, sampler),
         row_length=_row_length(recipe, longest, model),
         extractors=_load_extractors(model),
+        cache=LocalCache(recipe.data.cache, [store.index, store.tokens]) if recipe.data.cache else None,
     )
-    parts.loader(rank=0, world_size=1).check_fills_a_batch()
+    parts._loader(store, recipe.training.batch_rows, recipe.seed, 0, 1).check_fills_a_batch()
     parts.heldout_loader(rank=0, world_size=1)  # its samples must fit as well
     _check_probe(parts)
     return parts

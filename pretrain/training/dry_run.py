@@ -23,10 +23,12 @@ def largest_batch(parts: Parts) -> Batch:
     ids = np.arange(rows * len(lengths)).reshape(rows, len(lengths))
     sizes = np.tile(lengths, rows).astype(np.int64)
     ordinary = parts.vocabulary.ordinary_ids
+    tokens = ordinary[np.arange(sizes.sum()) % len(ordinary)]
     source = SimpleNamespace(
-        tokens=ordinary[np.arange(sizes.sum()) % len(ordinary)], offsets=np.cumsum(sizes) - sizes, lengths=sizes
+        index=np.stack([np.cumsum(sizes) - sizes, sizes], axis=1),
+        tokens=SimpleNamespace(runs=lambda offsets, lengths: tokens),
     )
-    made_up = SimpleNamespace(look_up=lambda ids, places: np.arange(len(places)) % len(PARTS_OF_SPEECH))
+    made_up = SimpleNamespace(look_up=lambda ids, offsets, lengths: np.arange(lengths.sum()) % len(PARTS_OF_SPEECH))
     names = {name for objective in parts.model.objectives.values() for name in objective.annotations}
     annotations = dict.fromkeys(names, made_up)
     return collate(source, list(ids), list(np.zeros_like(ids)), 0, row_length, parts.vocabulary.pad_id, annotations)

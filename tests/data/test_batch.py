@@ -66,9 +66,11 @@ def test_units_of_annotations_lie_at_their_tokens_and_padding_has_none(tmp_path)
     store = write_store(tmp_path / "store", samples)
     units = np.arange(sum(LENGTHS), dtype=np.uint16)
     rows, visits = [np.array([2, 0]), np.array([5])], [np.zeros(2, np.int64), np.zeros(1, np.int64)]
-    batch = collate(
-        store, rows, visits, 0, 14, 99, {"some": SimpleNamespace(look_up=lambda ids, places: units[places])}
-    )
+
+    def look_up(ids, offsets, lengths):
+        return np.concatenate([units[start : start + length] for start, length in zip(offsets, lengths, strict=True)])
+
+    batch = collate(store, rows, visits, 0, 14, 99, {"some": SimpleNamespace(look_up=look_up)})
     starts = np.cumsum(LENGTHS) - LENGTHS
     for number, sample in enumerate((2, 0, 5)):
         found = batch.units["some"][batch.segment_ids == number]

@@ -173,7 +173,7 @@ def test_only_a_view_is_overwritten_by_a_view(trained, corpus, tmp_path, capsys)
     assert medley(capsys, *words, "--keep", 0.25, "--overwrite")[0] == 0
     assert len(Store(tmp_path / "view" / "train")) == 15
     code, _, err = medley(capsys, *words[:-1], trained[0], "--keep", 0.5, "--overwrite")
-    assert code == 2 and "is no view" in err and (trained[0] / "train" / "tokens.bin").exists()
+    assert code == 2 and "is no view" in err and (trained[0] / "train" / "tokens-00000.bin").exists()
 
 
 def test_scoring_that_cannot_be_is_one_line(trained, corpus, tmp_path, capsys):

@@ -15,7 +15,8 @@ import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
-from pretrain.data.store import Store, StoreWriter
+from pretrain.data.store import Store
+from pretrain.data.store_writer import StoreWriter
 from pretrain.masking.learning.meta import main
 from tests.builders import CLS, MASK, PAD, SEP, word_tokenizer
 from tests.training.runs import DS

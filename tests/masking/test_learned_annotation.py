@@ -14,7 +14,8 @@ from pretrain.cli import main
 from pretrain.data import annotate as annotate_module
 from pretrain.data.annotations import NO_UNIT, Annotation
 from pretrain.data.batch import collate
-from pretrain.data.store import Store, StoreWriter
+from pretrain.data.store import Store
+from pretrain.data.store_writer import StoreWriter
 from pretrain.errors import UserError
 from pretrain.masking.config import MaskingConfig
 from pretrain.masking.learning.annotate import annotate_learned, learned_units
@@ -136,7 +137,7 @@ def test_units_do_not_depend_on_the_batches(model, corpus):
     made = []
     for budget in (1, 50, 1 << 20):
         parts = list(learned_units(extractor, store, 0, 3, 6, budget))
-        assert np.array_equal(np.concatenate([lengths for _, lengths in parts]), store.lengths)
+        assert np.array_equal(np.concatenate([lengths for _, lengths in parts]), store.lengths[:])
         made.append(np.concatenate([found for found, _ in parts]))
     assert np.array_equal(made[0], made[1]) and np.array_equal(made[0], made[2])
     assert len(made[0]) == store.meta["tokens"]
@@ -196,7 +197,7 @@ def test_the_command_prints_its_counts_and_takes_a_name(model, corpus, capsys):
     printed = capsys.readouterr().out
     assert "without one" in printed and "tokens/s" in printed
     annotation = Annotation(Store(corpus / "train"), "other", "spans")
-    assert set(np.unique(annotation.units)) == {0, NO_UNIT}
+    assert set(np.unique(annotation.units[:])) == {0, NO_UNIT}
     assert main(arguments) == 2
     assert "exists already; give --overwrite" in capsys.readouterr().err
     assert main([*arguments, "--overwrite"]) == 0

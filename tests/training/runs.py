@@ -12,7 +12,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pretrain.data.store import StoreWriter
+from pretrain.data.store_writer import StoreWriter
 from pretrain.data.tokenization import sentinel
 from pretrain.training.run import main
 
@@ -20,7 +20,9 @@ DS = Path(__file__).parents[2] / "configs" / "ds"
 WORDS = 91
 
 
-def write_corpus(folder: Path, samples: int = 157, heldout: int = 23, seed: int = 0, sentinels: int = 0) -> Path:
+def write_corpus(
+    folder: Path, samples: int = 157, heldout: int = 23, seed: int = 0, sentinels: int = 0, shard_megabytes: float = 1.0
+) -> Path:
     """Write a prepared corpus whose every token is decided by the one before it, up to a coin's throw."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = specials + [f"w{i}" for i in range(WORDS)]
@@ -31,7 +33,7 @@ def write_corpus(folder: Path, samples: int = 157, heldout: int = 23, seed: int 
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder / "tokenizer")
     rng = np.random.default_rng(seed)
     for split, count in (("train", samples), ("heldout", heldout)):
-        writer = StoreWriter(folder / split, len(words) + sentinels)
+        writer = StoreWriter(folder / split, len(words) + sentinels, shard_megabytes)
         for _ in range(count):
             text = [int(rng.integers(WORDS))]
             for _ in range(int(rng.integers(3, 30))):

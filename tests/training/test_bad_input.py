@@ -113,7 +113,7 @@ def test_a_missing_deepspeed_config_is_refused(corpus, tmp_path):
     assert "no/such.json" in refused(recipe(corpus, tmp_path / "run"), ds="no/such.json")
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "index.npy"])
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "index.npy"])
 def test_a_truncated_store_is_refused_naming_the_file(corpus, tmp_path, name):
     store = tmp_path / "store"
     shutil.copytree(corpus, store)

@@ -41,7 +41,7 @@ def filter_corpus(corpus: str | Path, name: str, keep: float, out: str | Path, o
     scores = Scores(store, name)
     if not len(store):
         raise UserError(f"{corpus}: has no sample to keep")
-    if overwrite and out.exists() and (out / "train" / "tokens.bin").exists():
+    if overwrite and any((out / "train").glob("tokens*.bin")):
         raise UserError(f"{out}: holds tokens of its own and is no view; choose another --out")
     order = np.argsort(scores.values, kind="stable")
     kept = np.sort(order[: max(1, round(keep * len(store)))])

@@ -17,7 +17,7 @@ from pretrain.data.annotations import Annotation
 from pretrain.data.batch import Batch, collate
 from pretrain.data.store import Store
 from pretrain.data.tokenization import load_tokenizer
-from pretrain.errors import EXIT_DONE, EXIT_USER_ERROR, UserError, unknown
+from pretrain.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, RunError, UserError, unknown
 from pretrain.export import load_model, resolve_checkpoint
 from pretrain.influence.ghost import GhostNorms
 from pretrain.influence.presence import PresenceConfig
@@ -286,3 +286,6 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"score: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except RunError as error:
+        print(f"score: failed: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE

@@ -57,7 +57,7 @@ class Scores:
         file = self.folder / FILE
         if not file.is_file() or file.stat().st_size != 4 * len(store):
             raise UserError(f"{file}: is damaged: not 4 bytes for each of {len(store):,} samples; {again}")
-        self.values = np.memmap(file, "<f4", "r") if len(store) else np.empty(0, np.float32)
+        self.values = np.fromfile(file, "<f4")
 
 
 class ScoreWriter:

@@ -95,7 +95,7 @@ def units_of_samples(
     starts = np.cumsum(lengths) - lengths
     units, waiting = np.full(lengths.sum(), NO_UNIT, np.int64), None
     for part in _batches(lengths, batch_tokens):
-        tokens, real = extractor.pad([store[ids[i]] for i in part])
+        tokens, real = extractor.pad(store.samples(ids[part]))
         spans = extractor.spans(tokens, real, top_k, max_span)
         done, waiting = waiting, (part, units_of(spans, tokens.shape[1]), spans.scores.isnan().any())
         _place(done, units, starts, lengths)  # while the device computes the next
