@@ -7,7 +7,8 @@ from pathlib import Path
 from pretrain.errors import UserError
 from pretrain.planning.activations import Line
 from pretrain.planning.communication import sent_per_step
-from pretrain.planning.memory import Group, ModelStates, Zero, deepspeed_estimate, model_states
+from pretrain.planning.memory import ModelStates, deepspeed_estimate, model_states
+from pretrain.planning.zero import Group, Zero
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Candidate:
 
     @property
     def total(self) -> int:
-        """Bytes on one GPU."""
-        return self.states.total + self.activations
+        """Bytes on one GPU, at the most."""
+        return self.states.peak(self.activations)
 
     @property
     def preference(self) -> tuple:
@@ -91,7 +92,7 @@ def candidate(
     def activations(rows: int) -> int:
         return int(max(line.at(rows) for line in lines))
 
-    fitting = [rows for rows in sizes if states.total + activations(rows) <= machine.memory]
+    fitting = [rows for rows in sizes if states.peak(activations(rows)) <= machine.memory]
     rows = max(fitting, default=sizes[0])
     return Candidate(
         path=path,

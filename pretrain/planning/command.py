@@ -12,7 +12,7 @@ import torch
 from pretrain.errors import UserError, nearest
 from pretrain.planning.activations import measure, rows_together
 from pretrain.planning.candidates import Candidate, Machine, candidate, micro_batches
-from pretrain.planning.memory import FP32, Group, Zero, groups_of
+from pretrain.planning.zero import FP32, Group, Zero, groups_of, numel
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.training.build import Parts, build
 from pretrain.training.ds_config import resolve_ds_config
@@ -84,15 +84,16 @@ def parse_memory(text: str) -> float:
 
 def page(parts: Parts, groups: Collection[Group], found: Collection[Candidate], machine: Machine) -> str:
     """Return the table of all configurations, and what holds for all of them."""
-    parameters, training = sum(group.numel for group in groups), parts.recipe.training
-    names = ("weights", "gradients", "masters", "optimizer", "buffers", "activations", "total", "DeepSpeed", "host")
+    parameters, training = numel(groups), parts.recipe.training
+    names = ("weights", "gradients", "masters", "optimizer", "buffers", "activations", "update")
+    names += ("total", "DeepSpeed", "host")
     lines = [
         f"{'GB a GPU':<22}" + "".join(f"{name:>12}" for name in names) + f"{'rows × steps':>14}{'sent a step':>13}"
     ]
     for each in found:
         states = each.states
         bytes_of = [states.weights, states.gradients, states.masters, states.optimizer, states.buffers]
-        bytes_of += [each.activations, each.total, each.deepspeed, states.host]
+        bytes_of += [each.activations, states.update, each.total, each.deepspeed, states.host]
         cells = "".join(f"{'–':>12}" if number is None else f"{number / 1e9:>12.3f}" for number in bytes_of)
         layout = f"{each.micro_batch_rows} × {each.accumulation}" if each.fits else "does not fit"
         lines.append(f"{each.path.name:<24}{cells}{layout:>14}{each.sent / 1e9:>13.3f}")
@@ -132,7 +133,7 @@ def recommendation(args: argparse.Namespace, found: Collection[Candidate], machi
 
 
 def _remedy(least: Candidate, args: argparse.Namespace) -> str:
-    if least.activations > least.states.total:
+    if least.activations > least.total - least.activations:
         return "set model.activation_checkpointing=true or lower data.row_length"
     if args.ds_config:
         return "leave --ds_config out to compare stages, or take more GPUs"

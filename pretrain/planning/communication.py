@@ -8,7 +8,7 @@ of whole buckets, of which each rank keeps its part, so they send half as much a
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from pretrain.planning.memory import FP32, Group, Zero, live_at_once, persistent
+from pretrain.planning.zero import FP32, Group, Zero, muon, numel, persistent, reused
 
 # A rank's traffic in a ring, in units of the whole tensor × (ranks − 1) / ranks.
 _FACTORS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
@@ -30,7 +30,7 @@ class Collective:
 def collectives(groups: Collection[Group], zero: Zero, micro_steps: int) -> list[Collective]:
     """Return the collectives of a step of ``micro_steps`` micro-steps; scalars (norm, losses) and padding are left
     out."""
-    whole, item = sum(group.numel for group in groups), zero.itemsize
+    whole, item = numel(groups), zero.itemsize
     found = []
     if zero.stage < 2:
         found.append(Collective("all-reduce", whole, item))
@@ -39,11 +39,11 @@ def collectives(groups: Collection[Group], zero: Zero, micro_steps: int) -> list
     if zero.stage in (1, 2):
         found.append(Collective("all-gather", whole, item))
     if zero.stage == 3:
-        kept = sum(persistent(groups, zero))
-        again = whole - kept - live_at_once(groups, zero)  # given back after the forward
+        kept = persistent(groups, zero)
+        again = whole - kept - reused(groups, zero)  # given back after the forward
         found.append(Collective("all-gather", micro_steps * (whole - kept + again) + kept, item))
         found.append(Collective("reduce-scatter", micro_steps * whole, item))
-    matrices = sum(group.numel for group in groups if group.algorithm == "muon")
+    matrices = numel(muon(groups))
     if zero.stage and matrices:  # put together from the ranks' parts
         found.append(Collective("all-reduce", matrices, FP32))
     return found

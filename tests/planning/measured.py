@@ -2,17 +2,20 @@
 
 import gc
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pretrain.training.ds_config import resolve_ds_config
 from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "ds"
-WIDTH, VOCABULARY, MICRO_STEPS = 96, 203, 3
+WIDTH, VOCABULARY, MICRO_STEPS = 96, 203, 2
 _KINDS = {
     "c10d::allreduce_": "all-reduce",
     "c10d::_allgather_base_": "all-gather",
@@ -68,20 +71,50 @@ def _tensors(value):
             yield from _tensors(each)
 
 
-def held_bytes() -> int:
-    """Return the bytes of all tensors made since ``gc.freeze``, each storage once."""
-    gc.collect()
-    storages = {}
-    for found in gc.get_objects():
-        if type(found) in (torch.Tensor, nn.Parameter) and not found.is_meta:
-            for each in (found, found.grad if found.is_leaf else None):
-                if each is not None:
-                    storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
-    return sum(storages.values())
+class Live(TorchDispatchMode):
+    """Adds up the bytes of all tensors made since it was entered that are still there, each storage once."""
+
+    def __init__(self):
+        super().__init__()
+        self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in tree_leaves((args, kwargs, result)):
+            if isinstance(each, torch.Tensor) and not each.is_meta:
+                storage = each.untyped_storage()
+                self._sizes[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.now())
+        return result
+
+    def now(self) -> int:
+        """Return the bytes that are there now."""
+        self._sizes = {key: entry for key, entry in self._sizes.items() if not entry[0].expired()}
+        return sum(size for _, size in self._sizes.values())
+
+    def since_last(self) -> int:
+        """Return the most bytes there were since the last call."""
+        peak, self.peak = self.peak, 0
+        return peak
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank held and sent in a step, in bytes."""
+
+    held: int
+    """Between its calls, the most from the last backward on."""
+    micro_step: int
+    """Within its micro-steps, at the most."""
+    update: int
+    """Within the update, at the most."""
+    sent: dict[str, int]
+    """Of all collectives, by kind."""
 
 
 def configuration(name: str) -> dict:
-    """A shipped configuration with buckets that fit this model."""
+    """A shipped configuration with buckets that fit this model: of more than its largest matrix, less than all."""
     config = resolve_ds_config(
         CONFIGS / f"{name}.json",
         micro_batch_rows=1,
@@ -91,31 +124,32 @@ def configuration(name: str) -> dict:
         device_type="cpu",
     )
     zero = config["zero_optimization"]
-    zero |= {key: 5000 for key in ("reduce_bucket_size", "allgather_bucket_size") if key in zero}
+    zero |= {key: 40000 for key in ("reduce_bucket_size", "allgather_bucket_size") if key in zero}
     if zero["stage"] == 3:
         zero |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 5000}
     return config
 
 
-def measure_step(name: str, optimizer: str, changes: dict) -> tuple[int, dict[str, int]]:
-    """Train on this rank; return the most bytes held from the last backward on, and a later step's collectives."""
+def measure_step(name: str, optimizer: str, changes: dict) -> Step:
+    """Train two steps on this rank; return what the second takes, when stage 3 knows the order of the weights."""
     from pretrain.training.engine import Engine, init_distributed
 
     init_distributed(60)
-    gc.collect()
-    gc.freeze()
-    module = Model()
     config = configuration(name)
     config["zero_optimization"] |= changes
-    engine = Engine(module, module.groups(), config, OptimizerSettings(optimizer, 0.01, (0.9, 0.98), 1e-6))
-    for _ in range(2):  # stage 3 has learnt the order of the weights after the first
-        with Collectives() as collectives:
-            engine.begin_step()
-            for micro_step in range(MICRO_STEPS):
-                engine.backward(engine(torch.arange(7 + micro_step)[None]))
-            held = held_bytes()
-            engine.step(1e-3, {"trunk", "head"})
-    held = max(held, held_bytes())
+    with Live() as live:
+        module = Model()
+        engine = Engine(module, module.groups(), config, OptimizerSettings(optimizer, 0.01, (0.9, 0.98), 1e-6))
+        for _ in range(2):
+            live.since_last()
+            with Collectives() as collectives:
+                engine.begin_step()
+                for micro_step in range(MICRO_STEPS):
+                    engine.backward(engine(torch.arange(7 + micro_step)[None]))
+                gc.collect()
+                micro_steps, held = live.since_last(), live.now()
+                engine.step(1e-3, {"trunk", "head"})
+        gc.collect()
+        step = Step(max(held, live.now()), micro_steps, live.since_last(), dict(collectives.bytes))
     engine.close()
-    gc.unfreeze()
-    return held, dict(collectives.bytes)
+    return step
