@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--vocabulary", type=int, default=30522, metavar="N", help="entries of the tokenizer")
     add("--tokens", type=int, default=32768 if gpu else 2048, metavar="N", help="of a step's batch")
     add("--rounds", type=int, default=5 if gpu else 3, metavar="N", help="turns of each way to weigh")
+    add("--only", default="", metavar="TEXT", help="measure the ways whose title has this in it")
     add("--threads", type=int, default=1, metavar="N", help="of torch, on a CPU")
     add("--ds_config", type=Path, default=config, metavar="FILE", help="DeepSpeed JSON")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
@@ -86,12 +87,12 @@ def main() -> None:
         rows = max(4, args.tokens // sequence)
         parts = min(4, rows // 2)
         ways = {title: {"name": "presence", **keys} for title, keys in WAYS.items()}
-        table += measure(args, sequence, rows, 1, ways)
-        table += measure(
-            args, sequence, rows, parts, {MICRO_BATCHES: {"name": "presence", "granularity": "microbatch"}}
-        )
+        parted = {MICRO_BATCHES: {"name": "presence", "granularity": "microbatch"}}
+        for number, each in ((1, ways), (parts, parted)):
+            if chosen := {title: keys for title, keys in each.items() if args.only in title}:
+                table += measure(args, sequence, rows, number, chosen)
     print_table(table)
-    names = ("layers", "hidden", "vocabulary", "tokens", "rounds", "threads")
+    names = ("layers", "hidden", "vocabulary", "tokens", "rounds", "only", "threads")
     setup = {name: getattr(args, name) for name in names} | {"ds_config": args.ds_config.name}
     print(f"added to {append_result('presence', {**environment(), 'setup': setup, 'results': table})}")
 

@@ -89,16 +89,17 @@ def forget_gradients(engine: DeepSpeedEngine) -> None:
 
 
 @torch.no_grad()
-def read_gradient(engine: DeepSpeedEngine) -> list[Tensor]:
+def read_gradient(engine: DeepSpeedEngine, into: list[Tensor] | None = None) -> list[Tensor]:
     """Return a copy of this rank's part of what the backwards since ``forget_gradients`` add up to.
 
     One fp32 tensor a flat, laid out like its master and zero where no backward came by; at stage 0 the rank's slice of
     each parameter. All ranks call it. Nothing is finalised as ``engine.step()`` would: stages 2 and 3 sum the shards in
     every backward, and stages 0 and 1 have this rank's own gradients of whole parameters, averaged here one by one.
+    ``into`` is what an earlier call returned, to be written over.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     cut = shards(engine)
-    parts = [torch.empty_like(flat.master, dtype=torch.float32) for flat in cut]
+    parts = into or [torch.empty_like(flat.master, dtype=torch.float32) for flat in cut]
     if stage == 3:
         for part, summed in zip(parts, _summed_by_stage_3(optimizer, parts), strict=True):
             part.copy_(summed)

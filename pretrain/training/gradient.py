@@ -30,11 +30,12 @@ class Gradient:
         return total
 
     @staticmethod
-    def combine(gradients: Sequence["Gradient"], weights: Sequence[float]) -> "Gradient":
-        """Return Σ ``weights[i]`` · ``gradients[i]``, of at least one gradient, shard by shard in fp32."""
+    def combine(gradients: Sequence["Gradient"], weights: Sequence[float], *, in_place: bool = False) -> "Gradient":
+        """Return Σ ``weights[i]`` · ``gradients[i]``, of at least one gradient, shard by shard in fp32; ``in_place`` in
+        the memory of the first."""
 
         def weighted_sum(shards: tuple[Tensor, ...]) -> Tensor:
-            total = shards[0] * weights[0]
+            total = shards[0].mul_(weights[0]) if in_place else shards[0] * weights[0]
             for shard, weight in zip(shards[1:], weights[1:], strict=True):
                 total.add_(shard, alpha=weight)
             return total

@@ -42,7 +42,7 @@ def weigh_micro_batches(
     ``microbatch``, what was measured of the micro-batches and their weights.
 
     A micro-batch is a micro-step of all ranks; with ``signal: split`` it is two, its halves. The gradients of all of
-    them are kept: 4 bytes a parameter and micro-step, divided by the world size.
+    them are kept, and their memory for the next step: 4 bytes a parameter and micro-step, divided by the world size.
     """
     engine, weigher = weighing.engine, weighing.weigher
     gradients: list[Gradient] = []
@@ -53,7 +53,7 @@ def weigh_micro_batches(
         trainer.seed_dropout(number)
         loss, of_samples = engine(micro_views, scales)
         engine.backward(loss)
-        gradients.append(engine.gradient())
+        gradients.append(engine.gradient(into=weighing.memory.pop() if weighing.memory else None))
         add_sums(sums, of_samples)
         own[1, number] = sum(scale * of_samples[term].sum() for term, scale in scales.items())
         own[0, number] = sum(counts.sum() for view in micro_views.values() for counts in view.counts.values())
@@ -68,5 +68,6 @@ def weigh_micro_batches(
     targets, losses = engine.all_reduce(own).numpy().reshape(2, -1, halves).sum(2)
     measures = Measures(targets, losses * len(pairs), np.array(engine.inner_products(pairs)))
     weights = weigher.weights(trainer.step, MICROBATCH, measures, len(pairs))
-    engine.put_gradient(Gradient.combine(gradients, weights.repeat(halves).tolist()))
+    engine.put_gradient(Gradient.combine(gradients, weights.repeat(halves).tolist(), in_place=True))
+    weighing.memory = gradients
     return sums, {MICROBATCH: measures}, {MICROBATCH: weights}

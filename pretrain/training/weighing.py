@@ -23,6 +23,7 @@ from pretrain.objectives import View
 from pretrain.sampling import Wish
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
+from pretrain.training.gradient import Gradient
 from pretrain.training.micro_batches import check_micro_batches, weigh_micro_batches
 from pretrain.training.record import add_sums
 from pretrain.training.scoring import Columns, Scoring, ghosts_of
@@ -67,6 +68,8 @@ class Weighing:
         self.weigher, self.engine, training = parts.weigher, engine, parts.recipe.training
         self.scoring = Scoring(parts, engine)
         self.by_micro_batch = bool(self.scoring.ghosts) and parts.weigher.config.granularity == MICROBATCH
+        self.memory: list[Gradient] = []
+        """Of the gradients of the last step's micro-batches, for those of the next."""
         self.micro_steps = training.batch_rows // (training.micro_batch_rows * engine.world_size)
         self.store = parts.store.fingerprint
         self.log = SampleLog(Path(parts.recipe.run), training.steps, parts.recipe.log.interval_steps)

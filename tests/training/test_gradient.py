@@ -72,6 +72,11 @@ def whole(gradient: Gradient) -> Tensor:
     return torch.cat([shard.view(-1) for shards in gradient.parts.values() for shard in shards])
 
 
+def in_their_memory(gradient: Gradient, other: Gradient) -> bool:
+    pairs = ((gradient.parts[name], other.parts[name]) for name in gradient.parts)
+    return all(one.data_ptr() == two.data_ptr() for pair in pairs for one, two in zip(*pair, strict=True))
+
+
 def live_plainly(name: str, world_size: int) -> Life:
     engine, life = make_engine(name, world_size), Life()
     for step in STORY:
@@ -102,12 +107,18 @@ def live_with_probes(name: str, world_size: int) -> Life:
     life.measured["elements"] = copies[0].numel()
 
     parts = [probe(engine, [micro]) for micro in STORY[-1].work]
-    engine.put_gradient(Gradient.combine(parts, WEIGHTS))
+    combined = Gradient.combine(parts, WEIGHTS)
+    copy = whole(combined).clone()
+    in_place = Gradient.combine(parts, WEIGHTS, in_place=True)
+    life.measured["in place"] = torch.equal(whole(in_place), copy) and in_their_memory(in_place, parts[0])
+    engine.put_gradient(combined)
     life.step(engine, STORY[-1])
 
     first, second = (probe(engine, window) for window in WINDOWS[:2])
     engine.put_gradient(second)
     life.measured["read back"] = torch.equal(whole(engine.gradient()), whole(second))
+    into = engine.gradient(into=parts[1])
+    life.measured["written over"] = torch.equal(whole(into), whole(second)) and in_their_memory(into, parts[1])
     backward(engine, WINDOWS[0][0])
     error = Gradient.combine([engine.gradient(), first, second], [1, -1, -1])
     life.measured["added"] = engine.inner_products([(error, error), (second, second)])
@@ -210,6 +221,12 @@ def test_a_gradient_that_was_put_is_read_back_and_added_to(lives, name, world_si
         assert life.measured["read back"]
         error, norm = life.measured["added"]
         assert error <= 1e-12 * norm
+
+
+@pytest.mark.parametrize(("name", "world_size"), LIVES)
+def test_memory_that_is_handed_back_is_taken_and_changes_no_bit(lives, name, world_size):
+    for life in lives(name, world_size)[1]:
+        assert life.measured["in place"] and life.measured["written over"]
 
 
 @pytest.mark.parametrize(("name", "world_size"), LIVES)
