@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pretrain.errors import UserError
 from pretrain.training.flat import Flat, Fragment
 
 _WEIGHT, _BUFFER, _STATE = "weight", "buffer", "state"
+_QUIET_SECONDS = 3.0
 
 
 def save_states(folder: Path, rank: int, module: nn.Module, flats: list[Flat], state: dict, replicated: bool) -> None:
@@ -48,7 +50,8 @@ def load_states(folder: Path, module: nn.Module, flats: list[Flat], state: dict)
     Raises:
         UserError: if there are no files, or they lack a part of a parameter (another model, or a damaged checkpoint).
     """
-    with _Files(folder) as files:
+    elements = sum(fragment.numel for flat in flats for fragment in flat.fragments)
+    with _Files(folder) as files, _bar(elements) as bar:
         names = _names(module)
         for flat in flats:
             state.pop(flat.master, None)
@@ -57,6 +60,7 @@ def load_states(folder: Path, module: nn.Module, flats: list[Flat], state: dict)
                 files.copy(f"{_WEIGHT}/{name}", name, fragment, fragment.of(flat.master))
                 for key in files.state_keys(name):
                     _load_state(files, key, name, fragment, flat.master, state.setdefault(flat.master, {}))
+                bar.update(fragment.numel)
         for name, buffer in module.named_buffers():
             buffer.copy_(files.whole(f"{_BUFFER}/{name}"))
 
@@ -97,6 +101,13 @@ def consolidate(module: nn.Module, flats: list[Flat], rank: int, replicated: boo
         name: whole[id(value)] if isinstance(value, nn.Parameter) else value.detach().cpu().clone()
         for name, value in module.state_dict(keep_vars=True).items()
     }
+
+
+def _bar(elements: int) -> tqdm:
+    """Return a progress bar of rank 0, shown where reading takes more than some seconds."""
+    silent = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+    options = {"unit": " parameters", "unit_scale": True, "delay": _QUIET_SECONDS, "mininterval": 1.0}
+    return tqdm(desc="resuming", total=elements, disable=silent, leave=False, **options)
 
 
 def _load_state(files: "_Files", key: str, name: str, fragment: Fragment, master: Tensor, into: dict) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 from pretrain.training.run import main
 from pretrain.training.trainer import Trainer
@@ -32,6 +33,12 @@ def die(trainer: Trainer) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def lag(trainer: Trainer) -> None:
+    began = time.monotonic()
+    while time.monotonic() - began < 10:
+        pass
+
+
 def crash(trainer: Trainer) -> None:
     raise ZeroDivisionError("a defect")
 
@@ -49,7 +56,7 @@ def truncate(trainer: Trainer) -> None:
         os.truncate(file, 0)
 
 
-FAULTS = {each.__name__: each for each in (hang, spin, freeze, die, crash, full, readonly, truncate)}
+FAULTS = {each.__name__: each for each in (hang, spin, freeze, die, lag, crash, full, readonly, truncate)}
 
 
 def inject(kind: str, rank: int, step: int) -> None:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -18,42 +20,45 @@ LIMIT_SECONDS = 900
 """For a whole run, on a busy machine."""
 
 
-def command(document: dict, *arguments: str, restarts: int = 0) -> list[str]:
-    """Write a recipe and return the command that trains it."""
-    path = Path(document["run"]).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(document, sort_keys=False))
-    launcher = [sys.executable, "-m", "pretrain.cli", "launch", "--ranks", "2", "--restarts", str(restarts)]
-    train = ["--ds_config", str(DS / "cpu.json"), "--config", str(path), "--timeout", str(TIMEOUT_SECONDS)]
-    return [*launcher, "--script", str(FAULTY), "--", *train, *arguments]
+class Launched:
+    """A run in processes of its own, and what it has printed so far: when each line came, and the line."""
 
+    def __init__(self, document: dict, *arguments: str, restarts: int = 0, **variables: str):
+        path = Path(document["run"]).with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+        launch = [sys.executable, "-m", "pretrain.cli", "launch", "--ranks", "2", "--restarts", str(restarts)]
+        train = ["--ds_config", str(DS / "cpu.json"), "--config", str(path), "--timeout", str(TIMEOUT_SECONDS)]
+        self.process = subprocess.Popen(
+            [*launch, "--script", str(FAULTY), "--", *train, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.lines: list[tuple[float, str]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-def start(document: dict, *arguments: str, restarts: int = 0, **variables: str) -> subprocess.Popen:
-    """Start a run; its output comes through one pipe."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables}
-    return subprocess.Popen(
-        command(document, *arguments, restarts=restarts),
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append((time.time(), line))
 
-
-def finish(process: subprocess.Popen) -> str:
-    """Return a run's output once it has ended; end it if it takes too long."""
-    try:
-        return process.communicate(timeout=LIMIT_SECONDS)[0]
-    finally:
-        process.kill()
-
-
-def rank_processes(process: subprocess.Popen) -> dict[int, psutil.Process]:
-    """Return rank → process of the ranks that live."""
-    found = {}
-    for child in psutil.Process(process.pid).children():
+    def finish(self) -> tuple[int, str]:
+        """Wait for the end, or end it if it takes too long; return the exit code and the output."""
         try:
-            found[int(child.environ()["RANK"])] = child
-        except (psutil.Error, KeyError):
-            continue
-    return found
+            self.process.wait(LIMIT_SECONDS)
+        finally:
+            self.process.kill()
+            self._reader.join(LIMIT_SECONDS)
+        return self.process.returncode, "".join(line for _, line in self.lines)
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Return rank → process of the ranks that live."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            try:
+                found[int(child.environ()["RANK"])] = child
+            except (psutil.Error, KeyError):
+                continue
+        return found

@@ -105,11 +105,10 @@ class Slurm:
                 os.kill(pid, signal.SIGTERM)
                 self.wait(lambda pid=pid: not _alive(pid))
 
-    def run(self, *command: str, check: bool = True, **variables: str) -> str:
+    def run(self, *command: str, check: bool = True, limit_seconds: float = START_SECONDS, **variables: str) -> str:
         """Run a command of SLURM's; return what it printed."""
-        done = subprocess.run(
-            command, env=self.environment | variables, text=True, capture_output=True, timeout=START_SECONDS
-        )
+        environment = self.environment | variables
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=limit_seconds)
         assert done.returncode == 0 or not check, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout
 

@@ -1,7 +1,6 @@
 """A run that is killed again and again ends as one that is not."""
 
 import random
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.training.checkpoint import candidates, verify
-from tests.cluster.launched import LIMIT_SECONDS, finish, rank_processes, start
+from tests.cluster.launched import LIMIT_SECONDS, Launched
 from tests.training.runs import metrics, recipe, states, write_corpus
 
 STEPS, KILLS = 200, 20
@@ -20,8 +19,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 class Life:
     """One start of a run's ranks, after others."""
 
-    def __init__(self, process: subprocess.Popen, run: Path, former_pids: set[int]):
-        self.process, self.metrics, self.saves = process, run / "metrics.jsonl", run / "checkpoints"
+    def __init__(self, launched: Launched, run: Path, former_pids: set[int]):
+        self.launched, self.metrics, self.saves = launched, run / "metrics.jsonl", run / "checkpoints"
         self.file = self._inode()  # a run that goes on writes the steps it keeps to a new file
         self.wait(lambda: len(self._ranks(former_pids)) == 2)
         self.ranks = self._ranks(former_pids)
@@ -38,13 +37,12 @@ class Life:
 
     def wait(self, condition) -> None:
         deadline = time.monotonic() + LIMIT_SECONDS
-        while not condition() and self.process.poll() is None:
+        while not condition() and self.launched.process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
     def _ranks(self, former_pids: set[int]) -> dict:
-        found = rank_processes(self.process)
-        return {rank: each for rank, each in found.items() if each.pid not in former_pids}
+        return {rank: each for rank, each in self.launched.ranks().items() if each.pid not in former_pids}
 
     def _inode(self) -> int:
         return self.metrics.stat().st_ino if self.metrics.exists() else 0
@@ -58,19 +56,19 @@ def test_a_run_killed_twenty_times_loses_no_sample_and_ends_bit_for_bit_as_one_t
     changes = {"objectives": {"mlm": {}, "rtd": {}}, "sampler": {"name": "proportional"}, "heldout__rows": 0}
     changes |= {"training__steps": STEPS, "checkpoint__interval_steps": 7, "log__interval_steps": 10}
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert "done" in finish(start(recipe(corpus, whole, **changes)))
+    assert Launched(recipe(corpus, whole, **changes)).finish()[0] == 0
 
     dice, pids = random.Random(11), set()
     moments = dice.sample(list(MOMENTS), counts=list(MOMENTS.values()), k=KILLS)
-    process = start(recipe(corpus, run, **changes), restarts=KILLS)
+    launched = Launched(recipe(corpus, run, **changes), restarts=KILLS)
     for moment in moments:
-        life = Life(process, run, pids)
+        life = Life(launched, run, pids)
         life.wait_for(moment, dice.randint(1, 9))
-        assert process.poll() is None, finish(process)
+        assert launched.process.poll() is None, launched.finish()
         life.ranks[dice.randrange(2)].kill()
         pids |= {each.pid for each in life.ranks.values()}
-    output = finish(process)
-    assert process.returncode == 0, output
+    code, output = launched.finish()
+    assert code == 0, output
     assert output.count("was killed by SIGKILL; starting again") == KILLS
 
     last = f"checkpoints/step-{STEPS:08d}"

@@ -1,12 +1,17 @@
-"""What goes wrong in one rank ends all of them soon, is told in one line, and costs nothing but time."""
+"""What goes wrong in one rank ends all of them soon, is told in one line, and costs nothing but time.
 
+With ``-s`` it prints how long a fault took to be told, and from there to the next step (docs/reliability.md).
+"""
+
+import contextlib
+import shutil
 import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.cluster.launched import finish, start
+from tests.cluster.launched import Launched
 from tests.training.runs import metrics, recipe, states, write_corpus
 
 STEPS = 12
@@ -27,10 +32,18 @@ def document(corpus: Path, run: Path) -> dict:
 def whole(corpus, tmp_path_factory) -> Path:
     """A run that nothing happens to."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    process = start(document(corpus, run))
-    output = finish(process)
-    assert process.returncode == 0, output
+    code, output = Launched(document(corpus, run)).finish()
+    assert code == 0, output
     return run
+
+
+def failures(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("train: failed:")]
+
+
+def shared_memory() -> set[str]:
+    """Return what lies in shared memory, but for the locks of other programs' processes."""
+    return {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.")}
 
 
 def assert_the_same(run: Path, whole: Path) -> None:
@@ -56,11 +69,11 @@ def assert_the_same(run: Path, whole: Path) -> None:
 )
 def test_a_fault_in_a_rank_is_told_by_name_and_the_run_goes_on_by_itself(corpus, whole, tmp_path, fault, told):
     kind, rank, _ = fault.split(":")
-    shared_before = set(Path("/dev/shm").iterdir())
-    process = start(document(corpus, tmp_path / "run"), restarts=1, MEDLEY_FAULT=fault)
-    output = finish(process)
-    failed = [line for line in output.splitlines() if line.startswith("train: failed:")]
-    assert process.returncode == 0, output
+    shared_before = shared_memory()
+    launched = Launched(document(corpus, tmp_path / "run"), restarts=1, MEDLEY_FAULT=fault)
+    code, output = launched.finish()
+    failed = failures(output)
+    assert code == 0, output
     if told is None:
         assert failed == [] and output.count("ZeroDivisionError: a defect") == output.count("Traceback") == 1
     else:
@@ -68,10 +81,24 @@ def test_a_fault_in_a_rank_is_told_by_name_and_the_run_goes_on_by_itself(corpus,
     assert "starting again (1 of 1)" in output and "going on from" in output
     assert_the_same(tmp_path / "run", whole)
     assert not [each for each in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(each.info["cmdline"])]
-    assert set(Path("/dev/shm").iterdir()) <= shared_before
+    assert shared_memory() <= shared_before
+    print_times(fault, (tmp_path / "run" / f"fault-{kind}").stat().st_mtime, launched.lines)
     if kind in ("hang", "spin"):
         stacks = (tmp_path / "run" / "stacks" / f"rank-{int(rank):05d}.txt").read_text()
         assert f"in {kind}" in stacks
+
+
+def print_times(fault: str, met: float, lines: list[tuple[float, str]]) -> None:
+    ended = next(when for when, line in lines if "starting again" in line)
+    told = next((when for when, line in lines if line.startswith("train: failed:")), ended)
+    on = next(when for when, line in lines if when > ended and line.startswith("step "))
+    print(f"\n{fault}: told after {told - met:.1f} s, all ranks ended {ended - met:.1f} s, next step {on - met:.1f} s")
+
+
+def test_a_slow_rank_is_named_and_waited_for(corpus, whole, tmp_path):
+    code, output = Launched(document(corpus, tmp_path / "run"), MEDLEY_FAULT="lag:1:6").finish()
+    assert code == 0 and "others have waited" in output and "for rank 1, which is in lag" in output
+    assert_the_same(tmp_path / "run", whole)
 
 
 @pytest.fixture
@@ -86,48 +113,38 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+def assert_fails(document: dict, told: str, **variables: str) -> None:
+    """Run what fails, with one line that says why."""
+    code, output = Launched(document, **variables).finish()
+    assert code == 1 and "Traceback" not in output, output
+    assert [told in line for line in failures(output)] == [True], output
+
+
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(corpus, whole, disk):
     run = disk / "run"
-    process = start(document(corpus, run), "training.steps=5")
-    assert "done" in finish(process)
-    with open(disk / "ballast", "wb") as ballast, pytest.raises(OSError):
-        while True:
-            ballast.write(bytes(1 << 12))
+    assert Launched(document(corpus, run), "training.steps=5").finish()[0] == 0
+    with open(disk / "ballast", "wb") as ballast, contextlib.suppress(OSError):
+        while ballast.write(bytes(1 << 12)):
             ballast.flush()
-    process = start(document(corpus, run))
-    output = finish(process)
-    failed = [line for line in output.splitlines() if line.startswith("train: failed:")]
-    assert process.returncode == 1 and len(failed) == 1 and "No space left on device" in failed[0], output
-    assert "Traceback" not in output
+    assert_fails(document(corpus, run), "No space left on device")
     (disk / "ballast").unlink()
-    output = finish(start(document(corpus, run)))
-    assert "going on from" in output and "step-00000005" in output
+    code, output = Launched(document(corpus, run)).finish()
+    assert code == 0 and "step-00000005" in output, output
     assert_the_same(run, whole)
 
 
 def test_a_folder_that_becomes_read_only_ends_the_run_with_one_line(corpus, whole, disk):
     run = disk / "run"
-    process = start(document(corpus, run), MEDLEY_FAULT="readonly:0:6")
-    output = finish(process)
-    failed = [line for line in output.splitlines() if line.startswith("train: failed:")]
-    assert process.returncode == 1 and len(failed) == 1 and "Read-only file system" in failed[0], output
-    assert "Traceback" not in output
+    assert_fails(document(corpus, run), "Read-only file system", MEDLEY_FAULT="readonly:0:6")
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-    finish(start(document(corpus, run)))
+    assert Launched(document(corpus, run)).finish()[0] == 0
     assert_the_same(run, whole)
 
 
 def test_tokens_that_disappear_end_the_run_with_one_line_that_names_the_file(whole, tmp_path):
-    corpus = write_corpus(tmp_path / "corpus")
-    run = tmp_path / "run"
-    process = start(document(corpus, run), MEDLEY_FAULT="truncate:1:6")
-    output = finish(process)
-    failed = [line for line in output.splitlines() if line.startswith("train: failed:")]
-    assert process.returncode == 1 and len(failed) == 1 and str(corpus / "train") in failed[0], output
-    assert "Traceback" not in output
-    write_corpus(tmp_path / "again")
-    (tmp_path / "again" / "train").replace(corpus / "train2")
-    for file in (corpus / "train2").iterdir():
-        file.replace(corpus / "train" / file.name)
-    finish(start(document(corpus, run)))
+    corpus, run = write_corpus(tmp_path / "corpus"), tmp_path / "run"
+    assert_fails(document(corpus, run), str(corpus / "train" / "tokens"), MEDLEY_FAULT="truncate:1:6")
+    shutil.rmtree(corpus)
+    write_corpus(corpus)
+    assert Launched(document(corpus, run)).finish()[0] == 0
     assert_the_same(run, whole)
