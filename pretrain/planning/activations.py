@@ -1,30 +1,29 @@
-"""Activations: what a forward keeps for its backward, measured on micro-batches of one and of two units of rows.
+"""Activations: the most that a forward takes, measured on micro-batches of one and of two units of rows.
 
 The ops of corruption and losses depend on the data, so that the measurement is a real forward, on the CPU; whatever
-differs there from a GPU and matters is done as a GPU does it. What is kept is linear in the rows, with what the
-vocabulary head keeps of its weights' gradient as the constant.
+differs there from a GPU and matters is done as a GPU does it. It is linear in the rows, with what the vocabulary head
+keeps of its weights' gradient as the constant.
 """
 
 import math
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pretrain.data.batch import Batch
 from pretrain.model.multi_objective import MultiObjectiveModel
+from pretrain.planning.live import LiveTensors
 from pretrain.training.build import Parts
 from pretrain.training.dry_run import largest_batch
 
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes that a micro-step keeps, by its rows."""
+    """Bytes by rows."""
 
     constant: float
     per_row: float
@@ -33,31 +32,17 @@ class Line:
         return self.constant + self.per_row * rows
 
 
-class SavedTensors:
-    """Counts the bytes that are kept for a backward while it is entered: each storage once, weights left out."""
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a micro-step takes, by its rows: the most of its forward, and what that leaves behind for the
+    backward."""
 
-    def __init__(self, model: torch.nn.Module):
-        kept = [*model.parameters(), *model.buffers()]
-        self._of_the_model = {each.untyped_storage().data_ptr() for each in kept}
-        self._sizes: dict[int, int] = {}
-        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+    forward: Line
+    backward: Line
 
-    @property
-    def bytes(self) -> int:
-        return sum(self._sizes.values())
-
-    def __enter__(self) -> "SavedTensors":
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._hooks.__exit__(*error)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._of_the_model:
-            self._sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def at(self, rows: int) -> float:
+        """Return the most of both."""
+        return max(self.forward.at(rows), self.backward.at(rows))
 
 
 class AsOnGpu(TorchFunctionMode):
@@ -85,30 +70,32 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
     return torch.native_dropout(input, p, training)[0] if training and p else input
 
 
-def saved_bytes(model: MultiObjectiveModel, batch: Batch, names: Iterable[str], dtype: torch.dtype) -> int:
-    """Return what one forward of objectives together keeps of its activations, in bytes."""
+def forward_bytes(
+    model: MultiObjectiveModel, batch: Batch, names: Iterable[str], dtype: torch.dtype
+) -> tuple[int, int]:
+    """Return the bytes that one forward of objectives together takes at the most and those it leaves behind, weights
+    left out."""
     names = list(names)
     views = {name: model.objectives[name].corrupt(batch, progress=0.0) for name in names}
     scales = {term: 1.0 for name in names for term in model.objectives[name].terms}
-    with ExitStack() as stack:
-        saved = stack.enter_context(SavedTensors(model))
-        stack.enter_context(AsOnGpu(dtype))
-        loss, _ = model(views, scales)
-    del loss
-    return saved.bytes
+    with AsOnGpu(dtype), LiveTensors(besides=[*model.parameters(), *model.buffers()]) as live:
+        outputs = model(views, scales)
+        most, left = live.most(), live.now()
+    del outputs
+    return most, left
 
 
-def measure(parts: Parts, dtype: torch.dtype) -> dict[str, Line]:
-    """Return a line for each plan the sampler can make, by the names of its objectives.
+def measure(parts: Parts, dtype: torch.dtype) -> dict[str, Activations]:
+    """Return the activations of each plan the sampler can make, by the names of its objectives.
 
     The model of ``parts`` is left in ``dtype``. With activation checkpointing, the activations of the one layer that
-    the backward has computed anew are part of the line.
+    the backward has computed anew are part of the backward's.
     """
     model = parts.model.to(dtype)
     model.train()
     names = list(model.objectives)
     plans = [names] if parts.sampler.mixes else [[name] for name in names]
-    return {" + ".join(plan): _line(parts, plan, dtype) for plan in plans}
+    return {" + ".join(plan): _activations(parts, plan, dtype) for plan in plans}
 
 
 def rows_together(parts: Parts) -> int:
@@ -116,27 +103,33 @@ def rows_together(parts: Parts) -> int:
     return math.lcm(*(objective.rows_together for objective in parts.model.objectives.values()))
 
 
-def _line(parts: Parts, plan: list[str], dtype: torch.dtype) -> Line:
-    line = _fit(parts, plan, dtype)
+def _activations(parts: Parts, plan: list[str], dtype: torch.dtype) -> Activations:
+    found = _fit(parts, plan, dtype)
     layers = [layer for layer in parts.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     recomputed = [layer for layer in layers if layer.gradient_checkpointing]
     if not recomputed:
-        return line
+        return found
     for layer in recomputed:
         layer.gradient_checkpointing = False
-    whole = _fit(parts, plan, dtype)
+    whole = _fit(parts, plan, dtype).backward
     for layer in recomputed:
         layer.gradient_checkpointing = True
-    return Line(line.constant, line.per_row + (whole.per_row - line.per_row) / len(recomputed))
+    left = found.backward
+    one_layer = (whole.per_row - left.per_row) / len(recomputed)
+    return Activations(found.forward, Line(left.constant, left.per_row + one_layer))
 
 
-def _fit(parts: Parts, plan: list[str], dtype: torch.dtype) -> Line:
+def _fit(parts: Parts, plan: list[str], dtype: torch.dtype) -> Activations:
     """Measure micro-batches of one and of two units; where rows are packed, of rows as short as the longest sample."""
     unit, longest = rows_together(parts), parts.store.max_length
     length = longest if parts.recipe.data.packing else parts.row_length
-    sizes = [saved_bytes(parts.model, _batch(parts, times * unit, length), plan, dtype) for times in (1, 2)]
-    per_unit = sizes[1] - sizes[0]
-    return Line(max(0, sizes[0] - per_unit), per_unit / unit * parts.row_length / length)
+    one, two = (forward_bytes(parts.model, _batch(parts, times * unit, length), plan, dtype) for times in (1, 2))
+
+    def line(first: int, second: int) -> Line:
+        per_unit = second - first
+        return Line(max(0, first - per_unit), per_unit / unit * parts.row_length / length)
+
+    return Activations(*(line(first, second) for first, second in zip(one, two, strict=True)))
 
 
 def _batch(parts: Parts, rows: int, length: int) -> Batch:

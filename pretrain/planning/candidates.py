@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.errors import UserError
-from pretrain.planning.activations import Line
+from pretrain.planning.activations import Activations
 from pretrain.planning.communication import sent_per_step
 from pretrain.planning.memory import ModelStates, deepspeed_estimate, model_states
 from pretrain.planning.zero import Group, Zero
@@ -76,7 +76,7 @@ def candidate(
     path: Path,
     zero: Zero,
     groups: Collection[Group],
-    lines: Collection[Line],
+    kept: Collection[Activations],
     sizes: Sequence[int],
     machine: Machine,
 ) -> Candidate:
@@ -84,13 +84,13 @@ def candidate(
 
     Args:
         groups: of the optimizer.
-        lines: activations of each plan of the sampler.
+        kept: of each plan of the sampler.
         sizes: rows a micro-batch can have, ascending; the last is all rows of a GPU.
     """
     states = model_states(groups, zero, machine.gpus)
 
     def activations(rows: int) -> int:
-        return int(max(line.at(rows) for line in lines))
+        return int(max(each.at(rows) for each in kept))
 
     fitting = [rows for rows in sizes if states.peak(activations(rows)) <= machine.memory]
     rows = max(fitting, default=sizes[0])

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
         sizes = micro_batches(recipe.training.batch_rows // machine.gpus, rows_together(parts))
     groups = _groups(parts)
     dtypes = [each for each in (torch.float32, torch.bfloat16) if each in {zero.dtype for zero in zeros.values()}]
-    lines = {dtype: measure(parts, dtype) for dtype in dtypes}  # bf16 last: it leaves the model in bf16
-    found = [candidate(path, zero, groups, lines[zero.dtype].values(), sizes, machine) for path, zero in zeros.items()]
+    kept = {dtype: measure(parts, dtype) for dtype in dtypes}  # bf16 last: it leaves the model in bf16
+    found = [candidate(path, zero, groups, kept[zero.dtype].values(), sizes, machine) for path, zero in zeros.items()]
     print(page(parts, groups, found, machine))
     print(recommendation(args, found, machine))
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from pretrain.planning.live import LiveTensors
 from pretrain.training.ds_config import resolve_ds_config
 from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
 
@@ -71,34 +70,6 @@ def _tensors(value):
             yield from _tensors(each)
 
 
-class Live(TorchDispatchMode):
-    """Adds up the bytes of all tensors made since it was entered that are still there, each storage once."""
-
-    def __init__(self):
-        super().__init__()
-        self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for each in tree_leaves((args, kwargs, result)):
-            if isinstance(each, torch.Tensor) and not each.is_meta:
-                storage = each.untyped_storage()
-                self._sizes[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self.now())
-        return result
-
-    def now(self) -> int:
-        """Return the bytes that are there now."""
-        self._sizes = {key: entry for key, entry in self._sizes.items() if not entry[0].expired()}
-        return sum(size for _, size in self._sizes.values())
-
-    def since_last(self) -> int:
-        """Return the most bytes there were since the last call."""
-        peak, self.peak = self.peak, 0
-        return peak
-
-
 @dataclass(frozen=True)
 class Step:
     """What one rank held and sent in a step, in bytes."""
@@ -137,19 +108,19 @@ def measure_step(name: str, optimizer: str, changes: dict) -> Step:
     init_distributed(60)
     config = configuration(name)
     config["zero_optimization"] |= changes
-    with Live() as live:
+    with LiveTensors() as live:
         module = Model()
         engine = Engine(module, module.groups(), config, OptimizerSettings(optimizer, 0.01, (0.9, 0.98), 1e-6))
         for _ in range(2):
-            live.since_last()
+            live.most()
             with Collectives() as collectives:
                 engine.begin_step()
                 for micro_step in range(MICRO_STEPS):
                     engine.backward(engine(torch.arange(7 + micro_step)[None]))
                 gc.collect()
-                micro_steps, held = live.since_last(), live.now()
+                micro_steps, held = live.most(), live.now()
                 engine.step(1e-3, {"trunk", "head"})
         gc.collect()
-        step = Step(max(held, live.now()), micro_steps, live.since_last(), dict(collectives.bytes))
+        step = Step(max(held, live.now()), micro_steps, live.most(), dict(collectives.bytes))
     engine.close()
     return step
