@@ -50,6 +50,10 @@ class Progress:
         self.call()
         self.saving = True
 
+    def standstill_seconds(self, limit_seconds: float) -> float:
+        """Return how long a rank may stand still: ten times the limit while it writes a checkpoint, to a slow disk."""
+        return PATIENCE * limit_seconds if self.saving else limit_seconds
+
     def patience_seconds(self, limit_seconds: float) -> float:
         """Return how long a rank that computes may take until its next call of the engine.
 
@@ -75,14 +79,16 @@ class Beat:
     """For which it has neither moved nor computed."""
     call_seconds: float
     """Since its last call of the engine."""
+    standstill_seconds: float
+    """What ``still_seconds`` may be, unless it waits for others."""
     patience_seconds: float
-    """What ``call_seconds`` may be while it computes."""
+    """What ``call_seconds`` may be."""
     ended: bool = False
 
     @classmethod
     def before_the_first(cls) -> "Beat":
         """Return what stands for a rank that has not been heard of yet."""
-        return cls(0, 0, "before its first beat", False, 0.0, 0.0, float("inf"))
+        return cls(0, 0, "before its first beat", False, 0.0, 0.0, float("inf"), float("inf"))
 
 
 class Pulse:
@@ -112,6 +118,7 @@ class Pulse:
             bool(frames) and any(part in frames[0].f_code.co_filename for part in _WAITING),
             now - self._moved,
             now - self.progress.since,
+            self.progress.standstill_seconds(self.limit_seconds),
             self.progress.patience_seconds(self.limit_seconds),
         )
 
@@ -134,7 +141,8 @@ def judge(beats: Mapping[int, Beat], silent: Mapping[int, float], limit_seconds:
     hanging = {
         rank: beat
         for rank, beat in going.items()
-        if not beat.waiting and (beat.still_seconds >= limit_seconds or beat.call_seconds >= beat.patience_seconds)
+        if not beat.waiting
+        and (beat.still_seconds >= beat.standstill_seconds or beat.call_seconds >= beat.patience_seconds)
     }
     if hanging:
         first = min(beat.calls for beat in hanging.values())

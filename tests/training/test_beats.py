@@ -11,8 +11,8 @@ LIMIT = 8.0
 NOW = dict.fromkeys(range(3), 0.5)
 
 
-def beat(calls: int = 7, *, waiting=False, still=0.0, busy=0.0, patience=80.0, ended=False) -> Beat:
-    return Beat(5, calls, f"in place_{calls}", waiting, still, max(still, busy), patience, ended)
+def beat(calls: int = 7, *, waiting=False, still=0.0, busy=0.0, standstill=LIMIT, ended=False) -> Beat:
+    return Beat(5, calls, f"in place_{calls}", waiting, still, max(still, busy), standstill, 80.0, ended)
 
 
 WAITING, COMPUTING = beat(waiting=True, still=9.0), beat()
@@ -25,6 +25,7 @@ WAITING, COMPUTING = beat(waiting=True, still=9.0), beat()
         ({0: WAITING, 1: COMPUTING, 2: WAITING}, None),
         ({0: WAITING, 1: beat(6, still=8.1), 2: WAITING}, "rank 1 is hanging for 8 s in place_6"),
         ({0: WAITING, 1: beat(6, still=7.9), 2: WAITING}, None),
+        ({0: WAITING, 1: beat(6, still=70.0, standstill=80.0), 2: WAITING}, None),
         ({0: WAITING, 1: WAITING, 2: beat(busy=81.0)}, "rank 2 is hanging for 81 s"),
         ({0: WAITING, 1: WAITING, 2: beat(busy=79.0)}, None),
         ({0: beat(9, still=9.0), 1: beat(4, still=30.0), 2: beat(4, still=30.0)}, "ranks 1, 2 are hanging for 30 s"),
@@ -66,8 +67,9 @@ def test_patience_with_a_rank_that_computes_follows_the_steps_but_for_saving():
         assert progress.patience_seconds(LIMIT) == PATIENCE * LIMIT
         step(0.4)
     assert progress.patience_seconds(LIMIT) == LIMIT
+    assert progress.standstill_seconds(LIMIT) == LIMIT
     progress.save()
-    assert progress.patience_seconds(LIMIT) == PATIENCE * LIMIT
+    assert progress.patience_seconds(LIMIT) == progress.standstill_seconds(LIMIT) == PATIENCE * LIMIT
     progress.since -= 50.0
     step(3.0)
     assert progress.patience_seconds(LIMIT) == pytest.approx(30, abs=1)
