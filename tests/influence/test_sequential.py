@@ -1,6 +1,8 @@
 """PRESENCE-Sequential: score, filter, train on the rest."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,13 @@ def small(monkeypatch):
     """Make chunks and batches so small that there are several."""
     monkeypatch.setattr(score_files, "CHUNK_SAMPLES", 17)
     monkeypatch.setitem(scoring.BATCH_TOKENS, "cpu", 150)
+
+
+class Terminal(io.StringIO):
+    """Standard error as somebody watches it."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def medley(capsys, *words) -> tuple[int, str, str]:
@@ -114,7 +123,11 @@ def test_any_number_of_ranks_and_any_interruption_make_the_same_bits(trained, co
     assert not (corpus / "train" / "scores" / "resumed").exists()
     monkeypatch.setattr(scoring.Scorer, "scores", plain)
     assert score(trained[1], corpus, "resumed", objective="rtd")["samples"] == SAMPLES  # takes nothing of the other
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     assert score(trained[1], corpus, "resumed", overwrite=True)["samples"] == SAMPLES - 2 * 17
+    shown = [line for line in terminal.getvalue().split("\r") if line.startswith("scoring: ")]
+    assert f"{2 * 17}/{SAMPLES} " in shown[0] and f"{SAMPLES}/{SAMPLES} " in shown[-1]  # a bar that goes on as well
     assert Scores(Store(corpus / "train"), "resumed").values.tobytes() == expected
     assert sorted(path.name for path in (corpus / "train" / "scores").iterdir()) == ["ranks", "resumed", "whole"]
 

@@ -108,6 +108,22 @@ def test_presence_weighs_by_the_norms_in_two_stages():
         assert some.weights(step, "mlm", found, 11)[scored] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "temperatures"),
+    [("linear", {0: 1.0, 10: 0.5, 20: 0.0, 30: -0.5}), ("cosine", {0: 1.0, 10: 0.5**0.5, 20: 0.0, 30: -(0.5**0.5)})],
+)
+def test_a_continuous_temperature_weighs_with_its_value_at_the_step(schedule, temperatures):
+    some, found = (
+        weigher(temperature={"schedule": schedule, "from": 1, "to": -1}, name="presence", steps=40),
+        measures(3),
+    )
+    scored = found.targets > 0
+    for step, temperature in temperatures.items():
+        assert some.told(step)["temperature"] == pytest.approx(temperature, abs=1e-12)
+        expected = written_out(found.squares[scored].tolist(), temperature)
+        assert some.weights(step, "mlm", found, 11)[scored] == pytest.approx(expected, rel=1e-6)
+
+
 def test_length_normalised_scores_are_those_of_the_mean_loss():
     found = measures(3)
     some, scored = weigher(name="presence", length_normalised=True), found.targets > 0
