@@ -132,6 +132,23 @@ def test_any_number_of_ranks_and_any_interruption_make_the_same_bits(trained, co
     assert sorted(path.name for path in (corpus / "train" / "scores").iterdir()) == ["ranks", "resumed", "whole"]
 
 
+def test_launched_ranks_share_the_samples_and_one_tells_of_a_mistake(trained, corpus, monkeypatch, capsys):
+    words = ["--local_rank", "0", "--checkpoint", str(trained[1]), "--store", str(corpus)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert scoring.main(words) == 0
+        told.append(capsys.readouterr().out)
+        assert told[-1].startswith(f"rank {rank}: ")
+    assert sum(int(each.split()[2]) for each in told) == SAMPLES
+    assert "→" not in told[0] and told[1].rstrip().endswith(f"→ {corpus / 'train' / 'scores' / 'presence'}")
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert scoring.main([*words, "--visits", "0"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 def test_the_commands_score_filter_and_the_view_is_trained_on(trained, corpus, tmp_path, capsys):
     code, out, _ = medley(capsys, "score", "--checkpoint", trained[1], "--store", corpus, "--layers", "layer_norms")
     assert code == 0 and f"{SAMPLES} samples in" in out and "samples/s" in out
