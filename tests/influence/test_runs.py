@@ -99,6 +99,7 @@ def plain(document: dict, by_micro_batch: bool = False, halves: int = 1) -> list
             ]
         pairs = zip(gradients[::halves], gradients[halves - 1 :: halves], strict=True)
         scores = [sum(float((a[n].double() * b[n].double()).sum()) for n in first_block) for a, b in pairs]
+        summed = sum(float(sum(each[n].double() for each in gradients).square().sum()) for n in first_block)
         targets = [sum(targets[n : n + halves]) for n in range(0, len(targets), halves)]
         scored = [number for number, count in enumerate(targets) if count]
         temperature = 1.0 if step < config.steps / 2 else -1.0
@@ -112,7 +113,7 @@ def plain(document: dict, by_micro_batch: bool = False, halves: int = 1) -> list
             group["lr"] = config.optimizer.learning_rate * config.schedule.factor(step, config.steps)
         optimizer.step()
         size = sum(weights) ** 2 / sum(w * w for w in weights) / len(weights)
-        samples = {"scores": scores, "weights": weights, "targets": targets, "mean": sum(targets) / len(targets)}
+        samples = {"scores": scores, "weights": weights, "targets": targets, "square_of_sum": summed}
         records.append(
             {
                 "loss": float(sum(losses).detach()),
@@ -295,6 +296,16 @@ def test_the_switch_measures_the_noise_of_the_gradient_that_samples_make(corpus,
     records, _ = run(document, ranks=ranks)
     assert records[0]["weigher"]["noise_to_signal"] == pytest.approx(noise / signal, rel=1e-3)
     assert records[0]["weigher"]["temperature"] == 1.0
+
+
+def test_the_switch_measures_the_noise_of_micro_batches_too(corpus, tmp_path):
+    document = weighed(corpus, tmp_path / "run", 2, granularity="microbatch", switch="auto")
+    document["training"]["steps"] = 1
+    (record,), (exact,) = run(document)[0], plain(document, by_micro_batch=True)
+    number, total = len(exact["scores"]), sum(exact["scores"])
+    signal = (exact["square_of_sum"] - total) / (number * (number - 1))
+    noise = (total / number - signal) / number
+    assert signal > 0 and record["weigher"]["noise_to_signal"] == pytest.approx(noise / signal, rel=1e-3)
 
 
 def test_a_small_effective_sample_size_is_said_once(corpus, tmp_path):
