@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from pretrain.planning.zero import FP32, Group, Zero, muon, numel, persistent, reused
 
-# A rank's traffic in a ring, in units of the whole tensor × (ranks − 1) / ranks.
-_FACTORS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+# A rank's traffic in a ring, in units of the whole tensor × (ranks − 1) / ranks; gloo reduces all and scatters nothing.
+_NCCL = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+_FACTORS = {"nccl": _NCCL, "gloo": {**_NCCL, "reduce-scatter": 2}}
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Collective:
     numel: int
     itemsize: int
 
-    def sent(self, ranks: int) -> float:
+    def sent(self, ranks: int, backend: str) -> float:
         """Bytes that each rank sends, and as many that it receives."""
-        return _FACTORS[self.kind] * self.numel * self.itemsize * (ranks - 1) / ranks
+        return _FACTORS[backend][self.kind] * self.numel * self.itemsize * (ranks - 1) / ranks
 
 
 def collectives(groups: Collection[Group], zero: Zero, micro_steps: int) -> list[Collective]:
@@ -49,6 +50,6 @@ def collectives(groups: Collection[Group], zero: Zero, micro_steps: int) -> list
     return found
 
 
-def sent_per_step(groups: Collection[Group], zero: Zero, micro_steps: int, ranks: int) -> float:
-    """Return the bytes that each rank sends in a step."""
-    return sum(each.sent(ranks) for each in collectives(groups, zero, micro_steps))
+def sent_per_step(groups: Collection[Group], zero: Zero, micro_steps: int, ranks: int, backend: str = "nccl") -> float:
+    """Return the bytes that each rank sends in a step, by "nccl" on GPUs or "gloo" on CPUs."""
+    return sum(each.sent(ranks, backend) for each in collectives(groups, zero, micro_steps))

@@ -91,6 +91,12 @@ def test_deepspeeds_estimate_is_ours_but_for_gradients_that_stay_in_sixteen_bits
     assert deepspeed_estimate(BILLION, zero("zero2"), 4, 2) is None
 
 
+def test_gloo_sends_as_much_to_scatter_a_sum_as_to_give_all_of_it_to_all():
+    nccl, gloo = (sent_per_step(BILLION, zero("zero3"), 2, 4, backend) for backend in ("nccl", "gloo"))
+    assert gloo - nccl == 2 * 4 * 10**9 * 3 / 4
+    assert sent_per_step(BILLION, zero("zero2"), 2, 4, "gloo") == sent_per_step(BILLION, zero("zero2"), 2, 4)
+
+
 def test_one_rank_sends_nothing_and_an_empty_group_takes_nothing():
     for name in NAMES:
         assert sent_per_step(groups(), zero(name), 3, ranks=1) == 0
