@@ -86,6 +86,16 @@ def test_a_bound_below_every_file_copies_nothing(tmp_path):
     assert copies(tmp_path / "cache") == {} and is_intact(store)
 
 
+def test_copies_of_a_stores_other_files_are_not_given_up_for_those_that_lack_one(tmp_path):
+    cached(make(tmp_path / "1"), tmp_path / "cache", 10_000)
+    for name in list(files(make(tmp_path / "2")))[:4]:
+        (tmp_path / "cache" / name).unlink()
+    left = copies(tmp_path / "cache")
+    store = make(tmp_path / "3")
+    cached(store, tmp_path / "cache", sum(left.values()) + 99)
+    assert copies(tmp_path / "cache") == left and is_intact(store)
+
+
 def test_copies_of_other_stores_make_room_the_least_recently_used_first(tmp_path):
     folder, stores = tmp_path / "cache", [make(tmp_path / str(seed), seed) for seed in (1, 2, 9)]
     early, late, wanted = map(files, stores)  # they have the index in common, and so its copy
@@ -159,6 +169,9 @@ def test_a_copy_is_made_only_by_who_holds_the_lock_and_what_a_dead_one_left_is_r
         assert is_intact(store)  # training does not wait for it
         assert {path.name for path in folder.iterdir()} == {".lock", local_cache.INCOMING}
     cache.join()
+    assert copies(folder) == files(store)
+    (folder / local_cache.INCOMING).write_bytes(b"x" * 5000)
+    cached(store, folder, 1756)  # where nothing is left to copy
     assert copies(folder) == files(store)
 
 
