@@ -4,6 +4,7 @@ The fault happens in one rank, before it takes the batch of a step. What has hap
 that a run that is started again goes on.
 """
 
+import contextlib
 import errno
 import os
 import signal
@@ -47,8 +48,16 @@ def full(trainer: Trainer) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
 
 
+def fill(trainer: Trainer) -> None:
+    with open(trainer.run.parent / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while ballast.write(bytes(1 << 12)):
+            pass
+
+
 def readonly(trainer: Trainer) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", trainer.run.parent], check=True)
+    folder = trainer.run / "checkpoints"
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
 
 
 def truncate(trainer: Trainer) -> None:
@@ -56,7 +65,7 @@ def truncate(trainer: Trainer) -> None:
         os.truncate(file, 0)
 
 
-FAULTS = {each.__name__: each for each in (hang, spin, freeze, die, lag, crash, full, readonly, truncate)}
+FAULTS = {each.__name__: each for each in (hang, spin, freeze, die, lag, crash, full, fill, readonly, truncate)}
 
 
 def inject(kind: str, rank: int, step: int) -> None:
