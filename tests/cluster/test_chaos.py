@@ -63,7 +63,7 @@ def test_a_run_killed_twenty_times_loses_no_sample_and_ends_bit_for_bit_as_one_t
     launched = Launched(recipe(corpus, run, **changes), restarts=KILLS)
     for moment in moments:
         life = Life(launched, run, pids)
-        life.wait_for(moment, dice.randint(1, 9))
+        life.wait_for(moment, dice.randint(1, 16))
         assert launched.process.poll() is None, launched.finish()
         life.ranks[dice.randrange(2)].kill()
         pids |= {each.pid for each in life.ranks.values()}
