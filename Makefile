@@ -1,6 +1,7 @@
 # make demo   install, prepare, train, evaluate, export: the whole way, in nine minutes on two CPU cores
 # make test   install with the test extra and run the whole suite
-# make test-cluster   jobs under a real SLURM on this machine; needs root and the packages slurmctld slurmd slurm-client munge
+# make test-cluster   faults and kills, jobs under a real SLURM on this machine, two nodes in network namespaces; the last two need
+#                     root and the packages slurmctld slurmd slurm-client munge iproute2
 
 PYTHON ?= python3
 VENV ?= .venv
