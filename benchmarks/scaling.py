@@ -15,17 +15,19 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bert import SEQUENCE, VOCABULARY, document
 from benchmarks.common import ROOT, append_result, default_store, environment, print_table
 from benchmarks.scaling_rank import RANKS
+from pretrain.planning.command import optimizer_groups
 from pretrain.planning.communication import sent_per_step
-from pretrain.planning.zero import Group, Zero, groups_of, numel
+from pretrain.planning.zero import Zero, numel
 from pretrain.recipe import recipe_from
 from pretrain.training.build import build
 from pretrain.training.ds_config import resolve_ds_config
-from pretrain.training.optimizer import OptimizerSettings, ParameterGroup, build_optimizer
 from tests.cluster.netns import Nodes, missing, variables
 
 STAGES = ("zero0", "zero1", "zero2", "zero2-bf16", "zero3", "zero3-bf16")
+WIDTH, LAYERS, BATCH_ROWS = 128, 6, 8
 LIMIT_SECONDS = 1800
 """For one configuration."""
 
@@ -48,8 +50,9 @@ def main() -> None:
     args = parser().parse_args()
     if reason := missing():
         sys.exit(f"benchmarks.scaling: cannot make the nodes: {reason}")
-    store = args.store or default_store(128, 30522)
-    groups, table = _groups(_recipe(store, 1)), []
+    store = args.store or default_store(SEQUENCE, VOCABULARY)
+    parts = build(recipe_from(_recipe(store, 1), "benchmarks/scaling.py"), dtype=torch.float32)
+    groups, table = optimizer_groups(parts), []
     with tempfile.TemporaryDirectory(prefix="nodes-") as folder, Nodes(Path(folder)) as nodes:
         for stage in args.stages:
             for accumulation in args.accumulation:
@@ -58,7 +61,7 @@ def main() -> None:
                 table += [_row(stage, accumulation, planned, found[0], each) for each in found]
                 print_table(table[-len(found) :])
     print_table(table)
-    setup = {"parameters": numel(groups), "ranks": RANKS, "rows": 8, "sequence": 128, "steps": args.steps}
+    setup = {"parameters": numel(groups), "ranks": RANKS, "rows": BATCH_ROWS, "sequence": SEQUENCE, "steps": args.steps}
     print(f"added to {append_result('scaling', {**environment(), 'setup': setup, 'results': table})}")
 
 
@@ -93,31 +96,8 @@ def _row(stage: str, accumulation: int, planned: float, unlimited: dict, found: 
 
 
 def _recipe(store: Path, accumulation: int) -> dict:
-    return {
-        "run": "unused",
-        "data": {"store": str(store), "row_length": 128},
-        "model": {
-            "family": "bert",
-            "size": None,
-            "dropout": 0.0,
-            "overrides": {
-                "hidden_size": 128,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 4,
-                "intermediate_size": 512,
-            },
-        },
-        "objectives": {"mlm": {}},
-        "training": {"steps": 1000, "batch_rows": 8, "micro_batch_rows": 8 // RANKS // accumulation},
-        "heldout": {"rows": 0},
-    }
-
-
-def _groups(recipe: dict) -> list[Group]:
-    parts = build(recipe_from(recipe, "benchmarks/scaling.py"), dtype=torch.float32)
-    components = [ParameterGroup(name, params) for name, params in parts.components.items()]
-    settings = OptimizerSettings("adamw", 0.01, (0.9, 0.98), 1e-6)
-    return groups_of(build_optimizer(parts.model, components, settings).param_groups)
+    rows = BATCH_ROWS // RANKS // accumulation
+    return document(store, width=WIDTH, layers=LAYERS, batch_rows=BATCH_ROWS, micro_batch_rows=rows)
 
 
 def _path(stage: str) -> Path:

@@ -47,12 +47,20 @@ def run(args: argparse.Namespace) -> None:
         zeros = {path: _zero(recipe, path, machine.gpus) for path in _paths(args.ds_config)}
         parts = build(recipe, dtype=torch.float32)
         sizes = micro_batches(recipe.training.batch_rows // machine.gpus, rows_together(parts))
-    groups = _groups(parts)
+    groups = optimizer_groups(parts)
     dtypes = [each for each in (torch.float32, torch.bfloat16) if each in {zero.dtype for zero in zeros.values()}]
     kept = {dtype: measure(parts, dtype) for dtype in dtypes}  # bf16 last: it leaves the model in bf16
     found = [candidate(path, zero, groups, kept[zero.dtype].values(), sizes, machine) for path, zero in zeros.items()]
     print(page(parts, groups, found, machine))
     print(recommendation(args, found, machine))
+
+
+def optimizer_groups(parts: Parts) -> list[Group]:
+    """Return the groups of the optimizer that a run of these parts has."""
+    optimizer = parts.recipe.training.optimizer
+    settings = OptimizerSettings(optimizer.name, optimizer.weight_decay, optimizer.betas, optimizer.eps)
+    components = [ParameterGroup(name, params) for name, params in parts.components.items()]
+    return groups_of(build_optimizer(parts.model, components, settings).param_groups)
 
 
 def machine_of(args: argparse.Namespace) -> Machine:
@@ -156,10 +164,3 @@ def _zero(recipe: Recipe, path: Path, gpus: int) -> Zero:
         device_type="cuda",
     )
     return Zero.of(config)
-
-
-def _groups(parts: Parts) -> list[Group]:
-    optimizer = parts.recipe.training.optimizer
-    settings = OptimizerSettings(optimizer.name, optimizer.weight_decay, optimizer.betas, optimizer.eps)
-    components = [ParameterGroup(name, params) for name, params in parts.components.items()]
-    return groups_of(build_optimizer(parts.model, components, settings).param_groups)
