@@ -55,7 +55,7 @@ def bounded(limit_seconds: float, function: Callable[..., Any], *args: Any) -> A
     def call() -> None:
         try:
             result.append(function(*args))
-        except RuntimeError:
+        except (OSError, RuntimeError):
             return
 
     thread = threading.Thread(target=call, daemon=True)

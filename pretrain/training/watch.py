@@ -5,7 +5,6 @@ others whether rank 0 still answers. Whoever knows why the run ends, since it ha
 leaves a *verdict* on the board: the first one is printed, by the rank that left it, and ends all ranks.
 """
 
-import contextlib
 import faulthandler
 import os
 import sys
@@ -13,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,10 +117,12 @@ class Watch:
             self._looked, beat = now, self._pulse.beat()
             if not self._closing.is_set():
                 self._beat = beat
-            if self._verdict is None and not self._missing:
-                self._verdict = self._own_verdict(beat, now - self._contact)
-            if self._verdict is not None:
-                self._end(self._verdict)
+            verdict = self._verdict
+            if verdict is None and not self._missing:
+                verdict = self._own_verdict(beat, now - self._contact)
+            if verdict is not None:
+                self._verdict = verdict
+                self._end(verdict)
 
     def _own_verdict(self, beat: Beat, silent_seconds: float) -> dict | None:
         """Return why this rank has to end without having been told, having printed it; None if it has not."""
@@ -131,7 +133,7 @@ class Watch:
         if line is None:
             return None
         if alone or self._speaks_without_board():
-            self._tell(line)
+            bounded(self._grace, self._tell, line)
         return {"code": EXIT_FAILURE, "stacks": True}
 
     def _exchange(self, board: NoticeBoard) -> None:
@@ -140,8 +142,6 @@ class Watch:
         came = {rank: (Beat.before_the_first(), self._contact) for rank in others}  # last beat, and when it came
         passed = time.monotonic()
         while not self._closing.wait(self._tick) and self._verdict is None:
-            now, stood_still = time.monotonic(), time.monotonic() - passed > self._limit / 2
-            passed = now
             try:
                 board.put(self.rank, self._beat)
                 beats, verdict = board.beats(others), board.verdict()
@@ -149,11 +149,16 @@ class Watch:
                     board.see()
             except RuntimeError:  # rank 0 has ended; the guard gives this rank the time to end as well
                 continue
-            for rank, beat in beats.items():
+            now = time.monotonic()  # only here: all ranks may have been stopped while this one waited for rank 0
+            stood_still, passed = now - passed > self._limit / 2, now
+            for rank in others:
+                beat = beats.get(rank, came[rank][0])
                 if stood_still or beat.number != came[rank][0].number:
                     came[rank] = beat, now
-            self._contact, self._verdict = came[0][1], verdict
-            if self.rank == 0 and verdict is None:
+            self._contact = came[0][1]
+            if verdict is not None:
+                self._verdict = verdict
+            elif self.rank == 0:
                 self._judge(
                     {rank: beat for rank, (beat, _) in came.items()}, {each: now - at for each, (_, at) in came.items()}
                 )
@@ -162,10 +167,11 @@ class Watch:
         """End the run if a rank hangs or is silent; say for which rank the others wait, if it is long."""
         if line := judge(beats, silent, self._limit):
             if self._leave(line, EXIT_FAILURE, stacks=True):
-                self._tell(line + (f"; stacks of all ranks: {self._folder / STACKS}" if self._folder else ""))
+                told = line + (f"; stacks of all ranks: {self._folder / STACKS}" if self._folder else "")
+                bounded(self._grace, self._tell, told)
         elif (line := laggard(beats, self._limit)) and time.monotonic() - self._noted > self._limit:
             self._noted = time.monotonic()
-            print(f"note: {line}", flush=True)
+            bounded(self._grace, partial(print, f"note: {line}", flush=True))
 
     def _leave(self, line: str, code: int, stacks: bool) -> bool:
         """Leave a verdict; return whether it is the first."""
@@ -188,14 +194,19 @@ class Watch:
             time.sleep(self._tick / 4)
 
     def _end(self, verdict: dict) -> None:
-        """Write down the stacks if they tell something, and end the process, unless the main thread does by itself."""
+        """Write down the stacks if they tell something, and end the process, unless the main thread does by itself.
+
+        Nothing here is waited for without a bound: what hangs may be the disk, or whoever reads the output.
+        """
         if verdict["stacks"] and self._folder is not None:
-            with contextlib.suppress(OSError):
-                (self._folder / STACKS).mkdir(exist_ok=True)
-                with open(self._folder / STACKS / f"rank-{self.rank:05d}.txt", "w") as file:
-                    faulthandler.dump_traceback(file)
+            bounded(self._grace, self._write_stacks, self._folder / STACKS)
         self._wait_for_others()
         if not self._closing.wait(self._grace):
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                bounded(self._grace, stream.flush)
             os._exit(verdict["code"])
+
+    def _write_stacks(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        with open(folder / f"rank-{self.rank:05d}.txt", "w") as file:
+            faulthandler.dump_traceback(file)

@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ def wait_for_others(fault: str, rank: int, port: int, folder: Path) -> None:
         torch.distributed.barrier()
         faulty, kind = fault.split(":")
         if rank == int(faulty):
-            meet(kind)
+            meet(kind, folder)
         if kind == "apart":  # all wait, each for something else
             torch.distributed.recv(torch.zeros(1), (rank + 1) % RANKS)
         torch.distributed.barrier()
@@ -60,9 +62,11 @@ def wait_for_others(fault: str, rank: int, port: int, folder: Path) -> None:
     os._exit(code)
 
 
-def meet(kind: str) -> None:
+def meet(kind: str, folder: Path) -> None:
     """Have a fault."""
-    if kind == "hang":
+    if kind == "mute":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    if kind in ("hang", "mute"):
         threading.Event().wait()
     elif kind == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -74,14 +78,21 @@ def meet(kind: str) -> None:
         raise RunError("a failure")
     elif kind == "crash":
         raise ZeroDivisionError("a defect")
+    elif kind == "compute":
+        (folder / "met").touch()
+        while not (folder / "enough").exists():
+            pass
 
 
-def outcomes(fault: str, folder: Path) -> tuple[list[int], list[str]]:
+def outcomes(
+    fault: str, folder: Path, meanwhile: Callable[[list], None] = lambda ranks: None
+) -> tuple[list[int], list[str]]:
     """Run three ranks; return the exit codes of those that end, and all lines they print."""
     port = free_port()
     ranks = [CONTEXT.Process(target=wait_for_others, args=(fault, rank, port, folder)) for rank in range(RANKS)]
     for each in ranks:
         each.start()
+    meanwhile(ranks)
     ending = [each for rank, each in enumerate(ranks) if fault != f"{rank}:freeze"]
     for each in ending:
         each.join(LIMIT_SECONDS)
@@ -98,6 +109,7 @@ def outcomes(fault: str, folder: Path) -> tuple[list[int], list[str]]:
     [
         ("1:hang", [1, 1, 1], "test: failed: rank 1 is hanging for 2 s in wait (python3.11/threading.py"),
         ("0:hang", [1, 1, 1], "test: failed: rank 0 is hanging for 2 s"),
+        ("0:mute", [1, 1, 1], None),  # it hangs, and cannot say so: the disk that has its output is full
         ("1:freeze", [1, 1], "test: failed: rank 1 is silent for 2 s: stopped, or cut off; last seen "),
         ("0:freeze", [1, 1], "test: failed: rank 0 is silent for 2 s: stopped, or cut off from rank 1"),
         ("2:die", [1, 1, -9], "test: failed: rank 2 is gone ("),
@@ -114,7 +126,25 @@ def test_all_ranks_end_and_one_line_says_why(tmp_path, fault, codes, told):
     assert found == codes, lines
     assert len(lines) == (told is not None) and all(line.startswith(told) for line in lines), lines
     stacks = tmp_path / "stacks" / f"rank-0000{fault[0]}.txt"
-    assert stacks.exists() == (fault.endswith(("hang", "apart")))
+    assert stacks.exists() == (fault.endswith(("hang", "mute", "apart")))
+
+
+def test_ranks_that_were_all_stopped_for_longer_than_the_limit_go_on(tmp_path):
+    """Rank 0 first and last, as a scheduler that suspends a job may do it: the others then stop while they ask it."""
+
+    def stop_and_go_on(ranks: list) -> None:
+        while not (tmp_path / "met").exists():
+            time.sleep(0.01)
+        for each in ranks:
+            os.kill(each.pid, signal.SIGSTOP)
+            time.sleep(0.5)
+        time.sleep(2.0)
+        for each in reversed(ranks):
+            os.kill(each.pid, signal.SIGCONT)
+            time.sleep(0.5)
+        (tmp_path / "enough").touch()
+
+    assert outcomes("0:compute", tmp_path, stop_and_go_on) == ([0, 0, 0], [])
 
 
 def test_a_defect_is_raised_by_the_rank_that_has_it_and_the_others_are_silent(tmp_path):
