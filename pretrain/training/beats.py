@@ -23,44 +23,44 @@ class Progress:
 
     def __init__(self):
         self.calls = self.steps = 0
-        self.saving = False
+        self.at_length = False
         self.since = time.monotonic()
         self.longest_seconds = 0.0
-        """Between two calls of the engine, but for saving."""
+        """Between two calls of the engine, but for what takes long."""
 
     def call(self) -> None:
         """Note a call of the engine, which all ranks make in the same order."""
         now = time.monotonic()
-        if self.steps > 0 and not self.saving:
+        if self.steps > 0 and not self.at_length:
             self.longest_seconds = max(self.longest_seconds, now - self.since)
         self.calls, self.since = self.calls + 1, now
 
     def begin_step(self) -> None:
-        """Note that a step begins; what was being saved is."""
+        """Note that a step begins; what took long is done."""
         self.call()
-        self.saving = False
+        self.at_length = False
 
     def end_step(self) -> None:
         """Note that a step is done."""
         self.call()
         self.steps += 1
 
-    def save(self) -> None:
-        """Note that what follows, until the next step, is the writing and hashing of a checkpoint."""
+    def expect_long(self) -> None:
+        """Note that what follows, until the next step, may take long: a checkpoint, or scoring dev."""
         self.call()
-        self.saving = True
+        self.at_length = True
 
     def standstill_seconds(self, limit_seconds: float) -> float:
-        """Return how long a rank may stand still: ten times the limit while it writes a checkpoint, to a slow disk."""
-        return PATIENCE * limit_seconds if self.saving else limit_seconds
+        """Return how long a rank may stand still: ten times the limit where a slow disk has a checkpoint to take."""
+        return PATIENCE * limit_seconds if self.at_length else limit_seconds
 
     def patience_seconds(self, limit_seconds: float) -> float:
         """Return how long a rank that computes may take until its next call of the engine.
 
-        Ten times the limit, for a first compilation or a large checkpoint; once some steps are known, ten times the
-        longest wait so far, but the limit at least.
+        Ten times the limit, for a first compilation, a large checkpoint or dev split; once some steps are known, ten
+        times the longest wait so far, but the limit at least.
         """
-        if self.saving or self.steps < _KNOWN_STEPS:
+        if self.at_length or self.steps < _KNOWN_STEPS:
             return PATIENCE * limit_seconds
         return min(PATIENCE * limit_seconds, max(limit_seconds, PATIENCE * self.longest_seconds))
 

@@ -53,6 +53,7 @@ class EarlyStopping:
 
     def score(self, step: int) -> dict[str, float]:
         """Score dev and take note; return metric → value, the same on all ranks, which all call it."""
+        self.engine.progress.expect_long()
         values = task_scores(self.engine.module, self.objective).values
         agreed = self.engine.all_reduce([value * (self.engine.rank == 0) for value in values.values()]).tolist()
         scores = dict(zip(values, agreed, strict=True))

@@ -57,7 +57,7 @@ class Engine:
         Raises:
             ValueError: if ``groups`` do not hold every parameter of ``module`` exactly once.
         """
-        self._progress = progress or Progress()
+        self.progress = progress or Progress()
         self._optimizer = build_optimizer(module, groups, settings)
         self._components = frozenset(group.name for group in groups)
         self._clip = ds_config["gradient_clipping"]
@@ -101,7 +101,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module. Its outputs are tensors, or tuples, lists and dicts of them."""
-        self._progress.call()
+        self.progress.call()
         if torch.is_grad_enabled():
             self._forwards += 1
         return self._engine(*args, **kwargs)
@@ -117,7 +117,7 @@ class Engine:
 
     def begin_step(self) -> None:
         """Forget every gradient there is; the first call of a step."""
-        self._progress.begin_step()
+        self.progress.begin_step()
         ds_internals.forget_gradients(self._engine)
         self._forwards = self._backwards = 0
 
@@ -132,7 +132,7 @@ class Engine:
         """
         if self._forwards == 0:
             raise RuntimeError("backward() without a call of the engine since the last one; sum the losses instead")
-        self._progress.call()
+        self.progress.call()
         # ZeRO averages over ranks; the product is also a new tensor, which DeepSpeed's output hooks do not rescale.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
         self._forwards, self._backwards = 0, self._backwards + 1
@@ -154,7 +154,7 @@ class Engine:
         self._optimizer.set_learning_rate(lr)
         outcome = self._step_replicated() if self.stage == 0 else self._step_partitioned()
         self._backwards = 0
-        self._progress.end_step()
+        self.progress.end_step()
         return outcome
 
     def skip_step(self) -> None:
@@ -223,14 +223,14 @@ class Engine:
 
     def all_reduce(self, values: list[float] | Tensor, op: str = "sum") -> Tensor:
         """Reduce a few numbers over ranks by ``op``, "sum" or "max"; float64, of the same shape, on the CPU."""
-        self._progress.call()
+        self.progress.call()
         numbers = torch.as_tensor(values, dtype=torch.float64).to(self.device, copy=True)
         torch.distributed.all_reduce(numbers, _REDUCTIONS[op])
         return numbers.cpu()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self._progress.call()
+        self.progress.call()
         torch.distributed.barrier()
 
     def save(self, folder: Path) -> None:
@@ -238,7 +238,7 @@ class Engine:
 
         Returns when every rank has written. Writes no pointer and no manifest.
         """
-        self._progress.save()
+        self.progress.expect_long()
         save_states(Path(folder), self.rank, self.module, self._flats, self._optimizer.state, self.stage == 0)
         self.barrier()
 
@@ -248,6 +248,7 @@ class Engine:
         Raises:
             UserError: if the folder is not such a checkpoint, is damaged, or is of another model.
         """
+        self.progress.expect_long()
         load_states(Path(folder), self.module, self._flats, self._optimizer.state)
         ds_internals.publish(self._engine)
         self.begin_step()

@@ -55,7 +55,7 @@ def test_a_slow_rank_is_named_and_not_ended():
     assert laggard({0: WAITING, 1: WAITING}, LIMIT) is None
 
 
-def test_patience_with_a_rank_that_computes_follows_the_steps_but_for_saving():
+def test_patience_with_a_rank_that_computes_follows_the_steps_but_for_what_takes_long():
     progress = Progress()
 
     def step(seconds: float) -> None:
@@ -68,7 +68,7 @@ def test_patience_with_a_rank_that_computes_follows_the_steps_but_for_saving():
         step(0.4)
     assert progress.patience_seconds(LIMIT) == LIMIT
     assert progress.standstill_seconds(LIMIT) == LIMIT
-    progress.save()
+    progress.expect_long()
     assert progress.patience_seconds(LIMIT) == progress.standstill_seconds(LIMIT) == PATIENCE * LIMIT
     progress.since -= 50.0
     step(3.0)

@@ -3,13 +3,18 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pretrain.errors import UserError
 from pretrain.evaluation.metrics import Scores
 from pretrain.export import export, resolve_checkpoint
+from pretrain.recipe import StoppingConfig
 from pretrain.training import early_stopping
+from pretrain.training.beats import PATIENCE, Progress
+from pretrain.training.early_stopping import EarlyStopping
 from tests.objectives.builders import write_task
 from tests.training.runs import metrics, recipe, states, train, write_corpus
 
@@ -102,6 +107,27 @@ def test_a_run_ends_when_dev_rises_no_more_and_keeps_the_weights_of_the_best_ste
     assert "| steps | 2 |" in (folder / "README.md").read_text()
     with pytest.raises(UserError, match="no run with a best checkpoint"):
         export(tmp_path / "shorter", tmp_path / "other", best=True)
+
+
+def test_the_watch_has_patience_while_dev_is_scored(monkeypatch):
+    progress, found = Progress(), []
+    for _ in range(9):
+        progress.begin_step()
+        progress.end_step()
+
+    def task_scores(*_) -> Scores:
+        found.append(progress.patience_seconds(8.0))
+        return Scores({"accuracy": 0.5})
+
+    monkeypatch.setattr(early_stopping, "task_scores", task_scores)
+    objective = SimpleNamespace(task=SimpleNamespace(regression=False))
+    recipe = SimpleNamespace(stopping=StoppingConfig(interval_steps=1), training=SimpleNamespace(steps=9))
+    parts = SimpleNamespace(recipe=recipe, model=SimpleNamespace(objectives={"end_task": objective}))
+    engine = SimpleNamespace(progress=progress, module=None, rank=0, all_reduce=torch.tensor)
+    EarlyStopping(parts, engine).score(9)
+    assert found == [PATIENCE * 8.0]
+    progress.begin_step()
+    assert progress.patience_seconds(8.0) == 8.0
 
 
 def test_a_resumed_run_counts_on_and_stops_at_the_same_step(corpus, task, tmp_path, monkeypatch):
