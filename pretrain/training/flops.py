@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
@@ -35,7 +36,7 @@ def flops_per_token(
     with torch.no_grad():
         views = {name: objective.corrupt(batch, progress=0.0) for name, objective in objectives.items()}
     scales = {term: 0.0 for objective in objectives.values() for term in objective.terms}
-    with torch.enable_grad(), _without_gradients(model), _ForwardFlops() as counter:
+    with torch.enable_grad(), _without_gradients(model), _plain_linear(), _ForwardFlops() as counter:
         (run or model)(views, scales)
     return counter.flops / int(batch.lengths.sum())
 
@@ -113,6 +114,17 @@ def _without_gradients(model: torch.nn.Module) -> Iterator[None]:
             hook.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _plain_linear() -> Iterator[None]:
+    """Have torch's own ``linear`` in its place: at stage 3 DeepSpeed puts an autograd function there, within which
+    gradients are off, as if nothing were trained."""
+    replaced, functional.linear = functional.linear, torch._C._nn.linear
+    try:
+        yield
+    finally:
+        functional.linear = replaced
 
 
 def _packed_flops(query: torch.Tensor, key, value: torch.Tensor, cu_seqlens: torch.Tensor, *_, **__) -> int:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,6 +54,14 @@ def test_masked_language_modelling_takes_six_flops_a_weight_and_token_and_attent
     targets = vocabulary(model.objectives["mlm"].corrupt(whole, 0.0).labels)
     counted = flops_per_token(model, whole, ["mlm"]) * 51
     assert counted == 6 * weights * 51 + 3 * (LAYERS * 4 * 3 * 17**2 * WIDTH + targets)
+
+
+def test_what_stage_3_puts_in_the_place_of_linear_layers_counts_as_they_do(batch, monkeypatch):
+    model = model_of(GENERATED)
+    counted = flops_per_token(model, batch, [*GENERATED])
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    assert flops_per_token(model, batch, [*GENERATED]) == counted
+    assert torch.nn.functional.linear is zero3_linear_wrap
 
 
 def test_electra_takes_generator_and_discriminator_and_what_is_not_trained_counts_once(batch):
