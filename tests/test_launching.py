@@ -26,11 +26,13 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
 names = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 with open(f"{folder}/rank-{rank}-{start}", "w") as file:
     print(*(os.environ[name] for name in names), file=file)
-print(f"begun {rank}", flush=True)
+sys.stdout.write(f"begun {rank}\\n")  # in one piece: both ranks write to one pipe
+sys.stdout.flush()
 while f"wait{rank}" in sys.argv and not stop:
     signal.pause()
 if stop:
-    print(f"rank {rank} heard {stop[0]}", flush=True)
+    sys.stdout.write(f"rank {rank} heard {stop[0]}\\n")
+    sys.stdout.flush()
 codes = [word.split("=")[1].split(",") for word in sys.argv if word.startswith(f"codes{rank}=")]
 code = int((codes[0][start:] or ["0"])[0]) if codes else 0
 if code < 0:
