@@ -28,7 +28,7 @@ demo: install
 	$(BIN)/medley report $(DEMO)/run
 
 test: install-test
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not cluster"
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not cluster"
 
 test-cluster: install-test
 	$(BIN)/pytest -m cluster -rs tests/cluster
