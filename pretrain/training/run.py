@@ -1,6 +1,7 @@
 """A training run from the command line: read, check, build, train. What ``launch/train.py`` calls."""
 
 import argparse
+import errno
 import fcntl
 import json
 import os
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -223,7 +225,7 @@ def _own_folder(recipe: Recipe) -> Iterator[None]:
         try:
             run.mkdir(parents=True, exist_ok=True)
             lock = open(run / ".lock", "w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except BlockingIOError:
             raise UserError(
                 f"run: another training is writing to '{run}'; wait for it or choose another folder"
@@ -232,6 +234,19 @@ def _own_folder(recipe: Recipe) -> Iterator[None]:
             raise UserError(f"run: cannot write to '{run}': {error.strerror}") from None
     with lock:
         yield
+
+
+def _lock(file: TextIO) -> None:
+    """Lock a file, unless its file system knows no locks: then nothing tells that this training writes there.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
 
 
 def share_cores() -> None:

@@ -1,7 +1,9 @@
 """Every mistake of a user's is one line on standard error and exit code 2, before any process group."""
 
+import errno
 import fcntl
 import json
+import os
 import shutil
 
 import pytest
@@ -142,6 +144,15 @@ def test_a_folder_that_another_training_is_writing_to_is_refused(corpus, tmp_pat
     with open(tmp_path / "run" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another training" in refused(recipe(corpus, tmp_path / "run"))
+
+
+def test_a_folder_on_a_file_system_without_locks_is_not_refused(corpus, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(AssertionError, match="a process group was made"):
+        train(recipe(corpus, tmp_path / "run"))
 
 
 def test_a_corpus_shorter_than_one_batch_is_refused_with_numbers(tmp_path):
