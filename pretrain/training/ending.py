@@ -43,7 +43,7 @@ class Ending:
         except OSError as error:
             return self._end("failed", f"rank {_variable('RANK')}: {_told(error)}", EXIT_FAILURE)
         except BaseException as error:
-            if _is_lost_contact(error):
+            if is_lost_contact(error):
                 who = self.watch.missing() if self.watch else ""
                 if who is None:
                     return self.watch.code
@@ -84,6 +84,6 @@ def _reason(error: BaseException) -> str:
     return re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
 
 
-def _is_lost_contact(error: BaseException) -> bool:
+def is_lost_contact(error: BaseException) -> bool:
     """Whether a collective failed because another rank has gone or does not answer."""
     return isinstance(error, RuntimeError) and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))

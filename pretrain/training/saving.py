@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from pretrain.errors import RunError
 from pretrain.training import checkpoint
+from pretrain.training.ending import is_lost_contact
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
@@ -37,6 +38,8 @@ def save(trainer: "Trainer") -> None:
             trainer.log.say(f"saved {checkpoint.publish(run, step, facts)}")
             mark_best(trainer)
     except (OSError, RuntimeError, SafetensorError) as error:
+        if is_lost_contact(error):
+            raise
         if engine.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         reason = str(error).strip().splitlines()[0]

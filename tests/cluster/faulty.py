@@ -34,6 +34,10 @@ def die(trainer: Trainer) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def vanish(trainer: Trainer) -> None:
+    trainer.engine.save = lambda folder: die(trainer)
+
+
 def lag(trainer: Trainer) -> None:
     began = time.monotonic()
     while time.monotonic() - began < 10:
@@ -65,7 +69,7 @@ def truncate(trainer: Trainer) -> None:
         os.truncate(file, 0)
 
 
-FAULTS = {each.__name__: each for each in (hang, spin, freeze, die, lag, crash, full, fill, readonly, truncate)}
+FAULTS = {each.__name__: each for each in (hang, spin, freeze, die, vanish, lag, crash, full, fill, readonly, truncate)}
 
 
 def inject(kind: str, rank: int, step: int) -> None:

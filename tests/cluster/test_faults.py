@@ -62,6 +62,7 @@ def assert_the_same(run: Path, whole: Path) -> None:
         ("freeze:0:6", "rank 0 is silent for"),
         ("die:1:6", "rank 1 is gone"),
         ("die:0:6", "rank 0 is gone"),
+        ("vanish:1:7", "rank 1 is gone"),  # while a checkpoint is saved
         ("full:1:6", "rank 1: metrics.jsonl: No space left on device"),
         ("crash:1:6", None),
     ],
