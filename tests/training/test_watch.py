@@ -3,6 +3,7 @@
 import datetime
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from pretrain.training.ports import free_port
 from pretrain.training.watch import Watch
 
 RANKS, LIMIT_SECONDS = 3, 120
+WATCH_SECONDS = 4.0  # what a busy machine may let a rank wait for its turn is less
 # Processes that have imported everything already, without the threads that this one may have by now.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
@@ -44,7 +46,7 @@ def wait_for_others(fault: str, rank: int, port: int, folder: Path) -> None:
     ending = Ending("test")
 
     def run() -> None:
-        ending.watch = Watch(2.0, ending.tell, folder)
+        ending.watch = Watch(WATCH_SECONDS, ending.tell, folder)
         torch.distributed.barrier()
         faulty, kind = fault.split(":")
         if rank == int(faulty):
@@ -107,13 +109,13 @@ def outcomes(
 @pytest.mark.parametrize(
     ("fault", "codes", "told"),
     [
-        ("1:hang", [1, 1, 1], "test: failed: rank 1 is hanging for 2 s in wait (python3.11/threading.py"),
-        ("0:hang", [1, 1, 1], "test: failed: rank 0 is hanging for 2 s"),
+        ("1:hang", [1, 1, 1], r"test: failed: rank 1 is hanging for \d s in wait \(.*threading.py"),
+        ("0:hang", [1, 1, 1], r"test: failed: rank 0 is hanging for \d s"),
         ("0:mute", [1, 1, 1], None),  # it hangs, and cannot say so: the disk that has its output is full
-        ("1:freeze", [1, 1], "test: failed: rank 1 is silent for 2 s: stopped, or cut off; last seen "),
-        ("0:freeze", [1, 1], "test: failed: rank 0 is silent for 2 s: stopped, or cut off from rank 1"),
-        ("2:die", [1, 1, -9], "test: failed: rank 2 is gone ("),
-        ("0:die", [-9, 1, 1], "test: failed: rank 0 is gone ("),
+        ("1:freeze", [1, 1], r"test: failed: rank 1 is silent for \d s: stopped, or cut off; last seen "),
+        ("0:freeze", [1, 1], r"test: failed: rank 0 is silent for \d s: stopped, or cut off from rank 1"),
+        ("2:die", [1, 1, -9], r"test: failed: rank 2 is gone \("),
+        ("0:die", [-9, 1, 1], r"test: failed: rank 0 is gone \("),
         ("2:mistake", [2, 2, 2], "test: error: a mistake"),
         ("0:fail", [1, 1, 1], "test: failed: a failure"),
         ("2:fail", [1, 1, 1], "test: failed: a failure"),
@@ -124,7 +126,7 @@ def outcomes(
 def test_all_ranks_end_and_one_line_says_why(tmp_path, fault, codes, told):
     found, lines = outcomes(fault, tmp_path)
     assert found == codes, lines
-    assert len(lines) == (told is not None) and all(line.startswith(told) for line in lines), lines
+    assert len(lines) == (told is not None) and all(re.match(told, line) for line in lines), lines
     stacks = tmp_path / "stacks" / f"rank-0000{fault[0]}.txt"
     assert stacks.exists() == (fault.endswith(("hang", "mute", "apart")))
 
@@ -138,7 +140,7 @@ def test_ranks_that_were_all_stopped_for_longer_than_the_limit_go_on(tmp_path):
         for each in ranks:
             os.kill(each.pid, signal.SIGSTOP)
             time.sleep(0.5)
-        time.sleep(2.0)
+        time.sleep(WATCH_SECONDS)
         for each in reversed(ranks):
             os.kill(each.pid, signal.SIGCONT)
             time.sleep(0.5)
