@@ -98,6 +98,10 @@ def test_a_thread_that_stands_still_is_told_from_one_that_computes():
     while (after := pulse.beat()).still_seconds == 0:
         time.sleep(0.01)
     assert "wait" in after.place and after.number > before.number and not after.waiting
+    while pulse.beat().still_seconds < 0.5:
+        time.sleep(0.01)
+    pulse.restart()
+    assert pulse.beat().still_seconds < 0.5
     event.set()
     thread.join()
 
