@@ -54,6 +54,10 @@ def wait_for_others(fault: str, rank: int, port: int, folder: Path) -> None:
         if kind == "apart":  # all wait, each for something else
             torch.distributed.recv(torch.zeros(1), (rank + 1) % RANKS)
         torch.distributed.barrier()
+        if fault == f"{rank}:outlast":
+            ended = time.monotonic() + 1.5 * WATCH_SECONDS
+            while time.monotonic() < ended:
+                pass
 
     try:
         code = ending.of(run)
@@ -121,6 +125,7 @@ def outcomes(
         ("2:fail", [1, 1, 1], "test: failed: a failure"),
         ("0:apart", [1, 1, 1], "test: failed: the ranks wait for each other: rank 0 in recv"),
         ("0:none", [0, 0, 0], None),
+        ("0:outlast", [0, 0, 0], None),  # it misses none of those that are done
     ],
 )
 def test_all_ranks_end_and_one_line_says_why(tmp_path, fault, codes, told):
