@@ -4,9 +4,11 @@
 import logging
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store is wordy where rank 0 has gone; we tell it in a line
 
+from pretrain.errors import EXIT_USER_ERROR
 from pretrain.training.run import main
 
 if __name__ == "__main__":
@@ -14,6 +16,8 @@ if __name__ == "__main__":
         code = main()
     except SystemExit as stop:  # --help, or an option that there is not
         code = stop.code if isinstance(stop.code, int) else 1
+    if code == EXIT_USER_ERROR and (mark := os.environ.get("MEDLEY_MISTAKE")):
+        Path(mark).touch()  # tells a scheduler, which may see the exit code of another rank
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from pretrain.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError
-from pretrain.training.ports import free_port
+from pretrain.training.start import RESTART, free_port
 from pretrain.training.stop import SIGNALS
 
 _ROOT = Path(__file__).parents[1]
 TRAIN = _ROOT / "launch" / "train.py"
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 10.0
 """For which the other ranks may end by themselves after one has failed."""
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -76,7 +76,7 @@ class Launcher:
         before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         try:
             for start in range(self.restarts + 1):
-                code, reason = self._run_once()
+                code, reason = self._run_once(start)
                 if code in (EXIT_DONE, EXIT_USER_ERROR) or self.stopping is not None or start == self.restarts:
                     return code
                 _say(f"{reason}; starting again ({start + 1} of {self.restarts})")
@@ -85,13 +85,13 @@ class Launcher:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _run_once(self) -> tuple[int, str]:
-        """Run all ranks once; return the exit code and which rank failed, and how."""
+    def _run_once(self, start: int) -> tuple[int, str]:
+        """Run all ranks, ``start`` times after the first; return the exit code, and which rank failed and how."""
         port = free_port()
         self.processes = []
         try:
             for rank in range(self.ranks):
-                self.processes.append(self._start(rank, port))
+                self.processes.append(self._start(rank, port, start))
             if self.stopping is not None:  # it came between two starts, or before all ranks were there
                 self._pass_on(self.stopping, None)
             failed = None
@@ -122,7 +122,7 @@ class Launcher:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         return EXIT_FAILURE, f"rank {failed} {how}"
 
-    def _start(self, rank: int, port: int) -> subprocess.Popen:
+    def _start(self, rank: int, port: int, start: int) -> subprocess.Popen:
         variables = {
             "RANK": rank,
             "LOCAL_RANK": rank,
@@ -130,6 +130,7 @@ class Launcher:
             "LOCAL_WORLD_SIZE": self.ranks,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            RESTART: start,
         }
         environment = os.environ | {name: str(value) for name, value in variables.items()}
         # In a session of their own: a terminal's Ctrl-C reaches this process alone, which passes it on once.

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (["--cpus-per-task", "--cpus-per-gpu"], own["cpus-per-task"], "cores of a rank"),
         (["--save-before"], own["signal"].partition("@")[2], "seconds before the limit when the run is told to save"),
         (["--chain"], 1, "jobs, each after the one before; one alone requeues itself"),
-        (["--restarts"], 3, "that a start which failed without a new checkpoint is tried again; with one, always"),
+        (["--restarts"], 3, "that a start which came to nothing, not to a new checkpoint, is tried again"),
     ):
         help_text = text if default is None else f"{text} (default: {default})"
         add(*names, type=int, default=default, metavar="N", help=help_text)

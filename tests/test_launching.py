@@ -27,7 +27,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: stop.append(signal.Signals(number).name))
 names = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 with open(f"{folder}/rank-{rank}-{start}", "w") as file:
-    print(*(os.environ[name] for name in names), os.getsid(0) == os.getpid(), file=file)
+    print(*(os.environ[name] for name in names), os.getsid(0) == os.getpid(), os.environ["MEDLEY_RESTART"], file=file)
 sys.stdout.write(f"begun {rank}\\n")  # in one piece: both ranks write to one pipe
 sys.stdout.flush()
 while f"wait{rank}" in sys.argv and not stop:
@@ -81,6 +81,8 @@ def test_ranks_find_each_other(command, tmp_path):
 def test_ranks_that_fail_are_started_again(command, tmp_path, capfd, code, told):
     assert Launcher(command(f"codes1={code},{code}"), 2, restarts=2).run() == 0
     assert starts(tmp_path) == [f"rank-{rank}-{start}" for rank in range(2) for start in range(3)]
+    numbers = [(tmp_path / "out" / f"rank-0-{start}").read_text().split()[-1] for start in range(3)]
+    assert numbers == ["0", "1", "2"]  # the ranks know that they shall go on
     assert f"launch: rank 1 {told}; starting again (1 of 2)" in capfd.readouterr().err
 
 
@@ -130,8 +132,8 @@ def test_a_run_that_was_told_to_stop_is_not_started_again_whatever_its_end(comma
 def test_a_signal_between_two_starts_reaches_all_ranks(command, tmp_path, monkeypatch, capfd):
     start = Launcher._start
 
-    def interrupted(launcher: Launcher, rank: int, port: int) -> subprocess.Popen:
-        process = start(launcher, rank, port)
+    def interrupted(launcher: Launcher, rank: int, *others: int) -> subprocess.Popen:
+        process = start(launcher, rank, *others)
         while not (tmp_path / "out" / f"rank-{rank}-0").exists():
             time.sleep(0.01)
         if rank == 0:

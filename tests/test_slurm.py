@@ -34,6 +34,7 @@ trap 'stop=1' ${ENDS_ON:-USR1 TERM}
 echo "rank $RANK/$WORLD_SIZE local $LOCAL_RANK master $MASTER_ADDR:$MASTER_PORT threads $OMP_NUM_THREADS"
 printf '<%s>' "$@"; echo
 echo begun
+[ -z "${MISTAKEN:-}" ] || touch "$MEDLEY_MISTAKE"
 [ -z "${SAVES:-}" ] || { mkdir -p "a b/checkpoints"; echo "$SAVES" >"a b/checkpoints/latest"; }
 while [ -z "${stop:-}" ] && [ "${WAIT:-1}" = 1 ]; do read -r -t 0.1 <>"$PIPE"; done
 exit "${CODE:-0}"
@@ -120,14 +121,22 @@ def test_a_job_that_is_done_or_a_mistake_does_not_go_back_into_the_queue(cluster
     assert done == code and "requeue" not in calls
 
 
-@pytest.mark.parametrize(
-    ("restarts", "checkpoint", "goes_on"), [("2", "", True), ("3", "", False), ("3", "step-00000007", True)]
-)
-def test_a_job_that_fails_is_tried_again_while_it_saves_or_thrice(cluster, restarts, checkpoint, goes_on):
-    variables = {"SLURM_RESTART_COUNT": restarts, "SAVES": checkpoint, "CODE": "137"}
-    done, output, calls = run_job(cluster, **variables)
-    assert (done, "requeue" in calls) == ((0, True) if goes_on else (137, False))
-    assert ("exit code 137" in output) == goes_on
+def test_a_mistake_in_one_rank_is_one_whatever_exit_code_srun_has(cluster):
+    done, _, calls = run_job(cluster, CODE="143", MISTAKEN="1")
+    assert done == 2 and "requeue" not in calls
+    assert not list(cluster[0].glob(".mistake-*"))
+
+
+@pytest.mark.parametrize("send", [(), (signal.SIGUSR1,)], ids=["failed", "warned"])
+def test_a_job_that_comes_to_nothing_is_tried_again_thrice_in_a_row(cluster, send):
+    codes = {"CODE": "137"}
+    for saves in ("", "", "step-00000007", "", "", ""):
+        done, output, calls = run_job(cluster, send=send, SAVES=saves, **codes)
+        assert done == 0 and calls.endswith("scontrol requeue 40123\n") and "exit code 137" in output
+    before = (cluster[0] / "calls").read_text().count("requeue")
+    done, _, calls = run_job(cluster, send=send, **codes)
+    assert done == 137 and calls.count("requeue") == before
+    assert not list(cluster[0].glob(".vain-*"))
 
 
 def test_a_job_of_a_chain_that_fails_ends_the_chain(cluster):

@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 
 from pretrain.errors import UserError
 from pretrain.training.ds_internals import avoid_shared_memory, forget_process_group
-from pretrain.training.ports import free_port
+from pretrain.training.start import free_port
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -10,6 +10,7 @@ from pretrain.errors import RunError, UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.training import checkpoint
 from pretrain.training.saving import STATE, mark_best
+from pretrain.training.start import RESTART
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
@@ -19,13 +20,16 @@ def starting_point(recipe: Recipe, resume: str, own_keys: tuple[str, ...] = ()) 
     """Return the verified checkpoint to go on from, or None for a new run; say what is not as it was then.
 
     Args:
-        resume: ``auto`` takes the newest good checkpoint of the run's folder, ``never`` none, else a checkpoint.
+        resume: ``auto`` takes the newest good checkpoint of the run's folder, ``never`` none, else a checkpoint. A run
+            that was started anew goes on with ``auto``, whatever it began with.
         own_keys: sections of the recipe, beside those of every run, that must be as they were.
 
     Raises:
         UserError: if there is none to be had, or it is of another model, other objectives, another sampler, ….
     """
     run = Path(recipe.run)
+    if int(os.environ.get(RESTART, 0)) > 0:
+        resume = "auto"
     if resume == "auto":
         start = checkpoint.newest(run, warn=_say)
         if start is None and checkpoint.candidates(run):

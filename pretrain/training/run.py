@@ -108,6 +108,8 @@ def launch(args: argparse.Namespace, kind: Kind) -> int:
 
 
 def _run(args: argparse.Namespace, kind: Kind, stop: StopRequest, ending: Ending) -> None:
+    if args.timeout < 0:
+        raise UserError(f"--timeout: must be at least 0, not {args.timeout:g}")
     recipe = load_recipe(args.config, args.overrides, kind.recipe)
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     share_cores()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.training.ports import free_port
+from pretrain.training.start import free_port
 from tests.cluster.netns import ROOT, Nodes, missing, traffic
 from tests.training.runs import DS, metrics, recipe, states, write_corpus
 

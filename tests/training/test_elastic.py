@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from pretrain.training.start import RESTART
 from tests.training.runs import metrics, recipe, train, write_corpus
 
 MUON = {"name": "muon", "learning_rate": 0.003}
@@ -63,3 +64,14 @@ def test_another_global_batch_is_allowed_and_said(corpus, tmp_path):
 
 def _train(document: dict, ds: str):
     return train(document, ds=ds)
+
+
+def test_a_run_that_is_started_anew_goes_on_from_its_newest_checkpoint_whatever_it_began_with(
+    corpus, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    assert train(document(corpus, run))[0] == 0
+    monkeypatch.setenv(RESTART, "1")
+    for resume in ("never", str(run / "checkpoints" / "step-00000002")):
+        code, out, _ = train(document(corpus, run), "--resume", resume)
+        assert code == 0 and "step-00000006" in out

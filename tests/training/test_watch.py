@@ -17,7 +17,7 @@ import torch
 
 from pretrain.errors import RunError, UserError
 from pretrain.training.ending import Ending
-from pretrain.training.ports import free_port
+from pretrain.training.start import free_port
 from pretrain.training.watch import Watch
 
 RANKS, LIMIT_SECONDS = 3, 120

@@ -1,6 +1,9 @@
-"""Where ranks of one machine can meet."""
+"""What those who start ranks and the ranks themselves agree on."""
 
 import socket
+
+RESTART = "MEDLEY_RESTART"
+"""Environment variable: how often the run has been started anew after a failure."""
 
 
 def free_port() -> int:
