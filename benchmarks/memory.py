@@ -91,7 +91,7 @@ def _planned(recipe: dict, config: dict, rows: int) -> tuple[int, int]:
     """Return the bytes that the plan has for a rank of a CPU, where host and device are one, and the parameters."""
     parts, zero = _build(recipe, config), Zero.of(config)
     groups = optimizer_groups(parts)
-    [activations] = measure(parts, zero.dtype).values()
+    [activations] = measure(parts, zero.dtype, attention=torch.float32).values()
     states = model_states(groups, zero, RANKS)
     return states.peak(int(activations.at(rows))) + states.host, numel(groups)
 

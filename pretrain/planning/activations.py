@@ -71,31 +71,32 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
 
 
 def forward_bytes(
-    model: MultiObjectiveModel, batch: Batch, names: Iterable[str], dtype: torch.dtype
+    model: MultiObjectiveModel, batch: Batch, names: Iterable[str], attention: torch.dtype
 ) -> tuple[int, int]:
     """Return the bytes that one forward of objectives together takes at the most and those it leaves behind, weights
-    left out."""
+    left out; ``attention`` is the type that it is computed in."""
     names = list(names)
     views = {name: model.objectives[name].corrupt(batch, progress=0.0) for name in names}
     scales = {term: 1.0 for name in names for term in model.objectives[name].terms}
-    with AsOnGpu(dtype), LiveTensors(besides=[*model.parameters(), *model.buffers()]) as live:
+    with AsOnGpu(attention), LiveTensors(besides=[*model.parameters(), *model.buffers()]) as live:
         outputs = model(views, scales)
         most, left = live.most(), live.now()
     del outputs
     return most, left
 
 
-def measure(parts: Parts, dtype: torch.dtype) -> dict[str, Activations]:
+def measure(parts: Parts, dtype: torch.dtype, attention: torch.dtype | None = None) -> dict[str, Activations]:
     """Return the activations of each plan the sampler can make, by the names of its objectives.
 
-    The model of ``parts`` is left in ``dtype``. With activation checkpointing, the activations of the one layer that
+    The model of ``parts`` is left in ``dtype``, in which a GPU computes the attention too; a CPU does so in
+    ``attention=torch.float32``. With activation checkpointing, the activations of the one layer that
     the backward has computed anew are part of the backward's.
     """
     model = parts.model.to(dtype)
     model.train()
     names = list(model.objectives)
     plans = [names] if parts.sampler.mixes else [[name] for name in names]
-    return {" + ".join(plan): _activations(parts, plan, dtype) for plan in plans}
+    return {" + ".join(plan): _activations(parts, plan, attention or dtype) for plan in plans}
 
 
 def rows_together(parts: Parts) -> int:
@@ -103,15 +104,15 @@ def rows_together(parts: Parts) -> int:
     return math.lcm(*(objective.rows_together for objective in parts.model.objectives.values()))
 
 
-def _activations(parts: Parts, plan: list[str], dtype: torch.dtype) -> Activations:
-    found = _fit(parts, plan, dtype)
+def _activations(parts: Parts, plan: list[str], attention: torch.dtype) -> Activations:
+    found = _fit(parts, plan, attention)
     layers = [layer for layer in parts.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     recomputed = [layer for layer in layers if layer.gradient_checkpointing]
     if not recomputed:
         return found
     for layer in recomputed:
         layer.gradient_checkpointing = False
-    whole = _fit(parts, plan, dtype).backward
+    whole = _fit(parts, plan, attention).backward
     for layer in recomputed:
         layer.gradient_checkpointing = True
     left = found.backward
@@ -119,11 +120,11 @@ def _activations(parts: Parts, plan: list[str], dtype: torch.dtype) -> Activatio
     return Activations(found.forward, Line(left.constant, left.per_row + one_layer))
 
 
-def _fit(parts: Parts, plan: list[str], dtype: torch.dtype) -> Activations:
+def _fit(parts: Parts, plan: list[str], attention: torch.dtype) -> Activations:
     """Measure micro-batches of one and of two units; where rows are packed, of rows as short as the longest sample."""
     unit, longest = rows_together(parts), parts.store.max_length
     length = longest if parts.recipe.data.packing else parts.row_length
-    one, two = (forward_bytes(parts.model, _batch(parts, times * unit, length), plan, dtype) for times in (1, 2))
+    one, two = (forward_bytes(parts.model, _batch(parts, times * unit, length), plan, attention) for times in (1, 2))
 
     def line(first: int, second: int) -> Line:
         per_unit = second - first
