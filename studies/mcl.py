@@ -155,7 +155,7 @@ def _costs(folder: Path, arms: dict[str, Arm], at: Place, settings: Settings) ->
 
 def _identity(args: argparse.Namespace, arms: dict[str, Arm], settings: Settings) -> dict:
     """Return what may not change between records."""
-    paths = {name: vars(args)[name] and str(vars(args)[name]) for name in ("text", "tasks")}
+    paths = {name: vars(args)[name] and vars(args)[name].name for name in ("text", "tasks")}
     numbers = {"megabytes": args.megabytes, "vocabulary": args.vocabulary}
     return {**paths, **numbers, **asdict(settings), "arms": {name: arm.model_dump() for name, arm in arms.items()}}
 

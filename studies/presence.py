@@ -190,7 +190,7 @@ def _ratios(folder: Path, at: Place, settings: Settings) -> dict[str, float]:
 
 def _identity(args: argparse.Namespace, settings: Settings, troubles: list[str]) -> dict:
     """Return what may not change between records."""
-    paths = {name: vars(args)[name] and str(vars(args)[name]) for name in ("text", "other", "task")}
+    paths = {name: vars(args)[name] and vars(args)[name].name for name in ("text", "other", "task")}
     numbers = {"megabytes": args.megabytes, "vocabulary": args.vocabulary}
     return {**paths, **numbers, "troubles": troubles, **asdict(settings)}
 

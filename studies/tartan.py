@@ -142,7 +142,7 @@ def _rows(task: Task, split: Split) -> list[dict]:
 def _identity(args: argparse.Namespace, settings: Settings) -> dict:
     """Return what may not change between records."""
     limits = {"max_train": args.max_train, "max_dev": args.max_dev, "vocabulary": args.vocabulary}
-    return {"tasks": str(args.tasks), **limits, **asdict(settings)}
+    return {"tasks": args.tasks.name, **limits, **asdict(settings)}
 
 
 if __name__ == "__main__":
