@@ -101,7 +101,8 @@ class Launcher:
             failed = next((rank for rank, process in enumerate(self.processes) if process.poll()), failed)
             if failed is None:
                 return EXIT_DONE, ""
-            deadline = time.monotonic() + GRACE_SECONDS
+            mistaken = self.processes[failed].poll() == EXIT_USER_ERROR  # it has told; the others wait to be ended
+            deadline = time.monotonic() + (0.0 if mistaken else GRACE_SECONDS)
             for process in self.processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, deadline - time.monotonic()))

@@ -132,3 +132,24 @@ def test_a_user_error_reaches_the_shell_as_exit_code_two_and_one_line(corpus, tm
     ours = [line for line in output.splitlines() if line.startswith("train:")]
     assert len(ours) == 1 and "training.stepz" in ours[0] and "did you mean 'steps'" in ours[0]
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("result", ["2", "sys.exit(2)"])
+def test_a_script_leaves_word_of_a_users_mistake_and_the_first_rank_of_a_machine_time_to_tell(tmp_path, result):
+    program = f"""
+import sys, time
+from pretrain.training.script import leave
+time.sleep = lambda seconds: print(f"waits {{seconds:.0f}} s", flush=True)
+leave(lambda: {result})
+"""
+    mark = tmp_path / "mistake"
+    outputs = []
+    for rank in ("0", "1"):
+        environment = os.environ | {"LOCAL_RANK": rank, "MEDLEY_MISTAKE": str(mark)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, text=True, capture_output=True
+        )
+        assert done.returncode == 2 and mark.exists()
+        outputs.append(done.stdout)
+        mark.unlink()
+    assert outputs == ["", "waits 10 s\n"]
