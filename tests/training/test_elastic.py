@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from pretrain.training import states
 from pretrain.training.start import RESTART
 from tests.training.runs import metrics, recipe, train, write_corpus
 
@@ -75,3 +76,11 @@ def test_a_run_that_is_started_anew_goes_on_from_its_newest_checkpoint_whatever_
     for resume in ("never", str(run / "checkpoints" / "step-00000002")):
         code, out, _ = train(document(corpus, run), "--resume", resume)
         assert code == 0 and "step-00000006" in out
+
+
+def test_reading_a_checkpoint_that_takes_long_shows_how_far_it_is(corpus, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert train(document(corpus, run))[0] == 0
+    assert "resuming" not in train(document(corpus, run), ds="zero1.json")[2]
+    monkeypatch.setattr(states, "_QUIET_SECONDS", 0.0)
+    assert "resuming:" in train(document(corpus, run), ds="zero1.json")[2]
