@@ -21,7 +21,7 @@ from pretrain.errors import EXIT_FAILURE
 from pretrain.training.beats import PATIENCE, Beat, Progress, Pulse, judge, laggard, ranks
 from pretrain.training.notice_board import NoticeBoard, bounded
 
-LIMIT_SECONDS = {"cpu": 40, "cuda": 600}
+LIMIT_SECONDS = {"cpu": 35, "cuda": 600}
 """Default of ``--timeout`` by device: on a GPU the first compilation of kernels counts."""
 STACKS = "stacks"
 """Folder in the run's with every rank's stacks, when it was ended because one hung."""
