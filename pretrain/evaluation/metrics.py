@@ -4,8 +4,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 CLASSIFICATION = ("accuracy", "macro_f1", "micro_f1", "matthews")
 REGRESSION = ("spearman", "pearson")
@@ -34,6 +32,9 @@ def score(predictions: np.ndarray, labels: np.ndarray, regression: bool) -> Scor
     Raises:
         ValueError: if there are no samples or the lengths differ.
     """
+    from scipy import stats  # here, since every run comes by this module and few need what takes so long to import
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or labels.ndim != 1 or not len(labels):
         raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} must be equal, flat, not empty")
