@@ -2,8 +2,8 @@
 
 A whole step is timed, from the batch to the update of the weights. All ways to weigh take turns on one model, and
 ratios are taken round by round; on a CPU of CPU time. Samples are all as long as a row, and rows are not packed: for
-the exact norms that is the dearest case. Beside the memory stands that of the activations, which autograd keeps in a
-uniform step.
+the exact norms that is the dearest case. Steps have one micro-step where samples are weighed, four where micro-batches
+are. Beside the memory stands that of the activations, which autograd keeps in a uniform step, of one micro-step.
 
     python -m benchmarks.presence
 """
@@ -41,6 +41,12 @@ WAYS = {
 }
 """Title → keys of the weigher, deferred where nothing else is said."""
 MICRO_BATCHES = "micro-batches (the paper's)"
+WAYS_OF_MICRO_BATCHES = {
+    MICRO_BATCHES: {"granularity": "microbatch"},
+    "micro-batches, two passes": {"granularity": "microbatch", "gradient": "two_pass"},
+}
+PARTS = 4
+"""Micro-batches of a step that weighs them."""
 GOALS = {
     ("layer norms", 128): 1.03,
     ("layer norms", 512): 1.03,
@@ -69,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--layers", type=int, default=12, metavar="N", help="of the BERT; base has 12")
     add("--hidden", type=int, default=768, metavar="N", help="width of the BERT, 64 a head; base has 768")
     add("--vocabulary", type=int, default=30522, metavar="N", help="entries of the tokenizer")
-    add("--tokens", type=int, default=32768 if gpu else 2048, metavar="N", help="of a step's batch")
+    add("--tokens", type=int, default=32768 if gpu else 2048, metavar="N", help="of a micro-step")
     add("--rounds", type=int, default=5 if gpu else 3, metavar="N", help="turns of each way to weigh")
     add("--only", default="", metavar="TEXT", help="measure the ways whose title has this in it")
     add("--threads", type=int, default=1, metavar="N", help="of torch, on a CPU")
@@ -84,21 +90,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     table = []
     for sequence in args.sequences:
-        rows = max(4, args.tokens // sequence)
-        parts = min(4, rows // 2)
-        ways = {title: {"name": "presence", **keys} for title, keys in WAYS.items()}
-        parted = {MICRO_BATCHES: {"name": "presence", "granularity": "microbatch"}}
-        for number, each in ((1, ways), (parts, parted)):
-            if chosen := {title: keys for title, keys in each.items() if args.only in title}:
-                table += measure(args, sequence, rows, number, chosen)
+        for parts, ways in ((1, WAYS), (PARTS, WAYS_OF_MICRO_BATCHES)):
+            if chosen := {title: {"name": "presence", **ways[title]} for title in ways if args.only in title}:
+                table += measure(args, sequence, parts, chosen)
     print_table(table)
     names = ("layers", "hidden", "vocabulary", "tokens", "rounds", "only", "threads")
     setup = {name: getattr(args, name) for name in names} | {"ds_config": args.ds_config.name}
     print(f"added to {append_result('presence', {**environment(), 'setup': setup, 'results': table})}")
 
 
-def measure(args: argparse.Namespace, sequence: int, rows: int, parts: int, ways: Mapping[str, dict]) -> list[dict]:
-    """Measure ways to weigh, and uniform weights, in steps of ``rows`` samples in so many micro-batches."""
+def measure(args: argparse.Namespace, sequence: int, parts: int, ways: Mapping[str, dict]) -> list[dict]:
+    """Measure ways to weigh, and uniform weights, in steps of so many micro-batches."""
+    rows = max(2, args.tokens // sequence)
     with tempfile.TemporaryDirectory() as run:
         document = {
             "run": run,
@@ -121,8 +124,8 @@ def measure(args: argparse.Namespace, sequence: int, rows: int, parts: int, ways
             "objectives": {"mlm": {}},
             "training": {
                 "steps": 10**6,
-                "batch_rows": rows - rows % parts,
-                "micro_batch_rows": rows // parts,
+                "batch_rows": parts * rows,
+                "micro_batch_rows": rows,
             },
             "heldout": {"rows": 0},
             "log": {"interval_steps": 10**6},
@@ -244,7 +247,9 @@ def full_store(sequence: int, vocabulary: int) -> Path:
 
 def _passes(trainer: Trainer, keys: dict) -> str:
     weighing = weighing_of(trainer, keys)
-    if weighing.by_micro_batch or not weighing.scoring.ghosts:
+    if weighing.by_micro_batch:
+        return "two passes" if keys.get("gradient") == "two_pass" else "kept"
+    if not weighing.scoring.ghosts:
         return "one pass"
     return "two passes" if weighing.why_two_passes or not weighing.scoring.defers else "deferred"
 

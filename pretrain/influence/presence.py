@@ -12,7 +12,7 @@ from pretrain.influence.switch import NoiseSwitch
 from pretrain.influence.weights import permuted, softmax_weights, standardised, window_weights
 
 MICROBATCH = "microbatch"
-_OF_SAMPLES = ("score", "sketch_size", "gradient", "score_objective")
+_OF_SAMPLES = ("score", "sketch_size", "score_objective")
 
 
 class PresenceConfig(TemperedConfig):
@@ -30,7 +30,8 @@ class PresenceConfig(TemperedConfig):
     sketch_size: int = Field(16, ge=1)
     """Rows and columns of a sketch."""
     gradient: Literal["deferred", "two_pass"] = "deferred"
-    """How the weighted gradient is found: from what one backward has kept, or by a second forward and backward."""
+    """How the weighted gradient is found: from what a backward has kept, of a micro-batch its gradient, or by a second
+    forward and backward."""
     normalise: Literal["batch", "window"] = "batch"
     """What a score is compared with: the scores of its global batch, or those of the samples before it."""
     window: int = Field(1024, ge=2)
@@ -43,6 +44,11 @@ class PresenceConfig(TemperedConfig):
     signal: Literal["norm", "split"] = "norm"
     """Of a micro-batch: the squared norm of its gradient, or the product of its halves' gradients, which noise does not
     raise."""
+
+    @property
+    def halves(self) -> int:
+        """Micro-steps of a micro-batch."""
+        return 2 if self.signal == "split" else 1
 
     @model_validator(mode="after")
     def _goes_together(self):

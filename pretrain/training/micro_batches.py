@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_micro_batches(parts: Parts, world_size: int) -> None:
-    """Raise :class:`UserError` if a step has no micro-batches to be told apart."""
+    """Raise :class:`UserError` if a step has no micro-batches to be told apart, or if they are single samples."""
     training, split = parts.recipe.training, parts.weigher.config.signal == "split"
     steps = training.batch_rows // (training.micro_batch_rows * world_size)
     if steps < (4 if split else 2) or (split and steps % 2):
@@ -28,11 +28,19 @@ def check_micro_batches(parts: Parts, world_size: int) -> None:
             f"weigher.granularity: weighing micro-batches needs {needs} a step, not {steps} ({training.batch_rows} "
             f"rows over {world_size} ranks × {training.micro_batch_rows} rows); lower training.micro_batch_rows"
         )
-    if training.micro_batch_rows * world_size == 1 and not parts.recipe.data.packing:
+    if share_of_single_samples(parts, world_size) == 1:
         raise UserError(
             "weigher.granularity: each micro-batch is a single sample; set it to sample, or raise "
             "training.micro_batch_rows"
         )
+
+
+def share_of_single_samples(parts: Parts, world_size: int) -> float:
+    """Return what share of the micro-batches is a single sample, as far as the first window of rows tells."""
+    if parts.recipe.training.micro_batch_rows * world_size > 1:
+        return 0.0
+    samples = parts.loader(rank=0, world_size=1).samples_a_row()
+    return samples.count(1) / len(samples)
 
 
 def weigh_micro_batches(
@@ -41,11 +49,16 @@ def weigh_micro_batches(
     """Accumulate Σ w_j · g_j over the step's micro-steps j; return this rank's sums of losses and, under the name
     ``microbatch``, what was measured of the micro-batches and their weights.
 
-    A micro-batch is a micro-step of all ranks; with ``signal: split`` it is two, its halves. The gradients of all of
-    them are kept, and their memory for the next step: 4 bytes a parameter and micro-step, divided by the world size.
+    A micro-batch is a micro-step of all ranks; with ``signal: split`` it is two, its halves. Deferred, the gradients of
+    all micro-steps are kept, and their memory for the next step: 4 bytes a parameter and micro-step, divided by the
+    world size. In two passes they are forgotten once they are measured, and the second is an ordinary one with weights.
     """
     engine, weigher = weighing.engine, weighing.weigher
+    halves = weigher.config.halves
+    in_two_passes = weigher.config.gradient == "two_pass"
+    noise = _Noise() if weigher.switch and weigher.switch.is_due(trainer.step) else None
     gradients: list[Gradient] = []
+    products: list[torch.Tensor] = []
     sums = dict.fromkeys(scales, torch.zeros((), device=engine.device))
     own = torch.zeros(2, len(views), dtype=torch.float64, device=engine.device)  # targets and losses
     for number, micro_views in enumerate(views):
@@ -58,16 +71,44 @@ def weigh_micro_batches(
         own[1, number] = sum(scale * of_samples[term].sum() for term, scale in scales.items())
         own[0, number] = sum(counts.sum() for view in micro_views.values() for counts in view.counts.values())
 
-    halves = 2 if weigher.config.signal == "split" else 1
-    parts = [engine.restrict(gradient, weighing.scoring.parameters) for gradient in gradients]
-    pairs = list(zip(parts[::halves], parts[halves - 1 :: halves], strict=True))
-    if weigher.switch and weigher.switch.is_due(trainer.step):
-        whole = Gradient.combine(parts, [1.0] * len(parts))
-        square, *squares = engine.inner_products([(whole, whole), *((part, part) for part in parts)])
+        parts = [engine.restrict(each, weighing.scoring.parameters) for each in gradients[-halves:]]
+        if noise:
+            noise.add(parts[-1])
+        if (number + 1) % halves == 0:
+            products.append(parts[0].dot(parts[-1]))
+            if in_two_passes:
+                weighing.memory, gradients = gradients, []
+
+    if noise:
+        square, *squares = engine.all_reduce(torch.stack([noise.whole.dot(noise.whole), *noise.squares])).tolist()
         weigher.switch.take(square, np.array(squares))
     targets, losses = engine.all_reduce(own).numpy().reshape(2, -1, halves).sum(2)
-    measures = Measures(targets, losses * len(pairs), np.array(engine.inner_products(pairs)))
-    weights = weigher.weights(trainer.step, MICROBATCH, measures, len(pairs))
-    engine.put_gradient(Gradient.combine(gradients, weights.repeat(halves).tolist(), in_place=True))
-    weighing.memory = gradients
+    measures = Measures(targets, losses * len(products), engine.all_reduce(torch.stack(products)).numpy())
+    weights = weigher.weights(trainer.step, MICROBATCH, measures, len(products))
+    factors = weights.repeat(halves).tolist()
+    if in_two_passes:
+        engine.begin_step()
+        own_weights = [_of_samples(each, factor) for each, factor in zip(views, factors, strict=True)]
+        sums = trainer.accumulate(views, scales, own_weights)
+    else:
+        engine.put_gradient(Gradient.combine(gradients, factors, in_place=True))
+        weighing.memory = gradients
     return sums, {MICROBATCH: measures}, {MICROBATCH: weights}
+
+
+class _Noise:
+    """The gradient of a step over K, and the squared norms of its micro-steps' parts in it, on this rank."""
+
+    def __init__(self):
+        self.whole: Gradient | None = None
+        self.squares: list[torch.Tensor] = []
+
+    def add(self, part: Gradient) -> None:
+        self.squares.append(part.dot(part))
+        terms = [part] if self.whole is None else [self.whole, part]
+        self.whole = Gradient.combine(terms, [1.0] * len(terms), in_place=len(terms) > 1)
+
+
+def _of_samples(views: dict[str, View], weight: float) -> dict[str, torch.Tensor]:
+    """Return objective → the weight ``[S]`` of all samples of a micro-step."""
+    return {name: torch.full_like(view.batch.lengths, weight, dtype=torch.float32) for name, view in views.items()}

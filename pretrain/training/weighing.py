@@ -24,7 +24,7 @@ from pretrain.sampling import Wish
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
 from pretrain.training.gradient import Gradient
-from pretrain.training.micro_batches import check_micro_batches, weigh_micro_batches
+from pretrain.training.micro_batches import check_micro_batches, share_of_single_samples, weigh_micro_batches
 from pretrain.training.record import add_sums
 from pretrain.training.scoring import Columns, Scoring, ghosts_of
 
@@ -69,7 +69,8 @@ class Weighing:
         self.scoring = Scoring(parts, engine)
         self.by_micro_batch = bool(self.scoring.ghosts) and parts.weigher.config.granularity == MICROBATCH
         self.memory: list[Gradient] = []
-        """Of the gradients of the last step's micro-batches, for those of the next."""
+        """Of gradients of micro-steps that are needed no longer, for those of the next."""
+        self.single_samples = share_of_single_samples(parts, engine.world_size) if self.by_micro_batch else 0.0
         self.micro_steps = training.batch_rows // (training.micro_batch_rows * engine.world_size)
         self.store = parts.store.fingerprint
         self.log = SampleLog(Path(parts.recipe.run), training.steps, parts.recipe.log.interval_steps)
@@ -89,7 +90,13 @@ class Weighing:
     @property
     def notes(self) -> list[str]:
         """What the user should know, in sentences."""
-        return [f"two passes a step: {reason}"] if (reason := self.why_two_passes) else []
+        notes = [f"two passes a step: {reason}"] if (reason := self.why_two_passes) else []
+        if self.single_samples > 0.1:
+            notes.append(
+                f"about {self.single_samples:.0%} of the micro-batches are a single sample; raise "
+                "training.micro_batch_rows, or set weigher.granularity to sample"
+            )
+        return notes
 
     def accumulate(
         self, trainer: "Trainer", batch: StepBatch, views: Views, plan: Mapping[str, float], scales: dict[str, float]
@@ -224,9 +231,15 @@ class Weighing:
     def rehearse(self, views: dict[str, View], scales: dict[str, float]) -> None:
         """Do with one micro-batch what a step does, with weights of 1, for what it takes."""
         scorers = self.weigher.scorers(views)
-        if self.by_micro_batch or not scorers:
+        if not scorers:
             return
-        if self.scoring.defers and not self.why_two_passes:
+        if self.by_micro_batch:
+            loss, _ = self.engine(views, scales)
+            self.engine.backward(loss)
+            config = self.weigher.config
+            kept = self.micro_steps if config.gradient == "deferred" else config.halves
+            self.memory = [self.engine.gradient() for _ in range(kept)]
+        elif self.scoring.defers and not self.why_two_passes:
             for name in scorers:
                 self.scoring.record(0, name, views[name], scales, 1.0)
             ones = {name: torch.ones_like(views[name].batch.lengths, dtype=torch.float32) for name in scorers}

@@ -218,12 +218,19 @@ def test_the_scoring_objectives_weights_are_the_samples_in_all_objectives(corpus
 
 
 @pytest.mark.parametrize(
-    ("signal", "ds", "world_size"), [("norm", "zero2.json", 1), ("norm", "zero0.json", 2), ("split", "zero3.json", 2)]
+    ("signal", "gradient", "ds", "world_size"),
+    [
+        ("norm", "deferred", "zero2.json", 1),
+        ("norm", "deferred", "zero0.json", 2),
+        ("norm", "two_pass", "zero1.json", 2),
+        ("split", "deferred", "zero3.json", 2),
+        ("split", "two_pass", "zero2.json", 1),
+    ],
 )
-def test_weighing_micro_batches_is_the_papers_algorithm_2(corpus, tmp_path, ranks, signal, ds, world_size):
+def test_weighing_micro_batches_is_the_papers_algorithm_2(corpus, tmp_path, ranks, signal, gradient, ds, world_size):
     halves = 2 if signal == "split" else 1
     documents = [
-        weighed(corpus, tmp_path / name, rows, granularity="microbatch", signal=signal)
+        weighed(corpus, tmp_path / name, rows, granularity="microbatch", signal=signal, gradient=gradient)
         for name, rows in (("run", 2 // world_size), ("plain", 2))
     ]
     for document in documents:
@@ -299,13 +306,19 @@ def test_the_switch_measures_the_noise_of_the_gradient_that_samples_make(corpus,
 
 
 def test_the_switch_measures_the_noise_of_micro_batches_too(corpus, tmp_path):
-    document = weighed(corpus, tmp_path / "run", 2, granularity="microbatch", switch="auto")
-    document["training"]["steps"] = 1
-    (record,), (exact,) = run(document)[0], plain(document, by_micro_batch=True)
+    documents = [
+        weighed(corpus, tmp_path / gradient, 2, granularity="microbatch", switch="auto", gradient=gradient)
+        for gradient in ("deferred", "two_pass")
+    ]
+    for document in documents:
+        document["training"]["steps"] = 1
+    (exact,) = plain(documents[0], by_micro_batch=True)
     number, total = len(exact["scores"]), sum(exact["scores"])
     signal = (exact["square_of_sum"] - total) / (number * (number - 1))
     noise = (total / number - signal) / number
-    assert signal > 0 and record["weigher"]["noise_to_signal"] == pytest.approx(noise / signal, rel=1e-3)
+    for document in documents:
+        (record,), _ = run(document)
+        assert signal > 0 and record["weigher"]["noise_to_signal"] == pytest.approx(noise / signal, rel=1e-3)
 
 
 def test_a_small_effective_sample_size_is_said_once(corpus, tmp_path):
@@ -327,11 +340,21 @@ def test_a_weigher_that_cannot_work_is_one_line(corpus, tmp_path, changes, messa
     assert code == 2 and len(err.splitlines()) == 1 and message in err
 
 
-def test_a_micro_batch_of_one_sample_is_one_line(corpus, tmp_path):
-    document = weighed(corpus, tmp_path / "run", 1, granularity="microbatch")
-    document["data"]["packing"] = False
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_micro_batch_of_one_sample_is_one_line(tmp_path, packing):
+    filling = write_corpus(tmp_path / "filling", lengths=(33, 65))  # no two of which share a row of 64
+    document = weighed(filling, tmp_path / "run", 1, granularity="microbatch")
+    document["data"]["packing"] = packing
     code, _, err = train(document)
-    assert code == 2 and "weigher.granularity: each micro-batch is a single sample" in err
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "weigher.granularity: each micro-batch is a single sample" in err
+
+
+def test_micro_batches_of_which_many_are_one_sample_are_noted(tmp_path):
+    mixed = write_corpus(tmp_path / "mixed", lengths=(20, 65))
+    _, said = run(weighed(mixed, tmp_path / "run", 1, granularity="microbatch"))
+    (note,) = (line for line in said.splitlines() if "note: weigher: about " in line)
+    assert "% of the micro-batches are a single sample; raise training.micro_batch_rows" in note
 
 
 def test_a_run_is_not_resumed_with_another_weigher(corpus, tmp_path):
@@ -340,7 +363,16 @@ def test_a_run_is_not_resumed_with_another_weigher(corpus, tmp_path):
     assert code == 2 and "weigher: differs from that of" in err
 
 
-@pytest.mark.parametrize("weigher", [{}, {"gradient": "two_pass"}, {"name": "linupper"}, {"granularity": "microbatch"}])
+@pytest.mark.parametrize(
+    "weigher",
+    [
+        {},
+        {"gradient": "two_pass"},
+        {"name": "linupper"},
+        {"granularity": "microbatch"},
+        {"granularity": "microbatch", "gradient": "two_pass"},
+    ],
+)
 def test_a_dry_run_does_what_weighing_takes_and_leaves_nothing(corpus, tmp_path, weigher):
     rows = 2 if "granularity" in weigher else 8
     document = weighed(corpus, tmp_path / "run", rows, ("mlm", "rtd"), **weigher)

@@ -21,9 +21,18 @@ WORDS = 91
 
 
 def write_corpus(
-    folder: Path, samples: int = 157, heldout: int = 23, seed: int = 0, sentinels: int = 0, shard_megabytes: float = 1.0
+    folder: Path,
+    samples: int = 157,
+    heldout: int = 23,
+    seed: int = 0,
+    sentinels: int = 0,
+    shard_megabytes: float = 1.0,
+    lengths: tuple[int, int] = (6, 33),
 ) -> Path:
-    """Write a prepared corpus whose every token is decided by the one before it, up to a coin's throw."""
+    """Write a prepared corpus whose every token is decided by the one before it, up to a coin's throw.
+
+    Samples have ``lengths[0]`` to ``lengths[1]`` − 1 tokens.
+    """
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = specials + [f"w{i}" for i in range(WORDS)]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -36,7 +45,7 @@ def write_corpus(
         writer = StoreWriter(folder / split, len(words) + sentinels, shard_megabytes)
         for _ in range(count):
             text = [int(rng.integers(WORDS))]
-            for _ in range(int(rng.integers(3, 30))):
+            for _ in range(int(rng.integers(*lengths)) - 3):
                 text.append((text[-1] * 7 + int(rng.integers(2))) % WORDS)
             writer.append(np.array([2, *(5 + word for word in text), 3]), np.array([len(text) + 2]))
         writer.close()
