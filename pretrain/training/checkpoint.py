@@ -10,13 +10,16 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from pretrain.data.output import sync
 from pretrain.errors import UserError
 
 MANIFEST, LATEST, BEST, _PARTIAL, _ASIDE = "manifest.json", "latest", "best", ".partial", "abandoned-"
+PASSING_OVER = "warning: passing over a checkpoint"
 _BLOCK_BYTES = 1 << 22
+_SMALL_BYTES = 1 << 20
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -29,13 +32,15 @@ def partial_folder(run: Path, step: int) -> Path:
     return folder_of(run, step).with_suffix(_PARTIAL)
 
 
-def publish(run: Path, step: int, facts: dict) -> Path:
+def publish(run: Path, step: int, facts: dict, described: Mapping[str, dict]) -> Path:
     """Turn a folder that all ranks have written into a checkpoint; one rank calls it.
 
-    ``facts`` go into the manifest. Raises OSError if the disk will not take it; what was there before stays.
+    ``facts`` go into the manifest. Files that are ``described`` are not read again. Raises OSError if the disk will not
+    take it; what was there before stays.
     """
     partial, final = partial_folder(run, step), folder_of(run, step)
-    files = {str(p.relative_to(partial)): _describe(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+    names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]
+    files = {name: described.get(name) or describe(partial / name) for name in names}
     _write(partial / MANIFEST, json.dumps({"step": step, **facts, "files": files}, indent=2) + "\n")
     for path in [partial, *partial.rglob("*")]:
         sync(path)
@@ -70,6 +75,17 @@ def verify(folder: Path) -> dict:
     Raises:
         UserError: naming the first file that is missing or differs.
     """
+    manifest = look_over(folder)
+    compare(folder, manifest, manifest["files"])
+    return manifest
+
+
+def look_over(folder: Path) -> dict:
+    """Return a checkpoint's manifest after comparing what takes no time: the sizes of all files, and the small ones.
+
+    Raises:
+        UserError: as :func:`verify`.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"].items()
@@ -83,9 +99,23 @@ def verify(folder: Path) -> dict:
             raise UserError(f"{path}: missing, but the manifest lists it")
         if path.stat().st_size != expected["bytes"]:
             raise UserError(f"{path}: {path.stat().st_size} bytes, but the manifest says {expected['bytes']}")
-        if _describe(path) != expected:
-            raise UserError(f"{path}: content differs from the manifest's sha256")
+    compare(folder, manifest, [name for name, expected in files if expected["bytes"] <= _SMALL_BYTES])
     return manifest
+
+
+def compare(folder: Path, manifest: dict, names: Iterable[str]) -> None:
+    """Read some of a checkpoint's files and compare them with its manifest.
+
+    Raises:
+        UserError: as :func:`verify`.
+    """
+    for name in names:
+        try:
+            found = describe(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read ({error.strerror})") from None
+        if found != manifest["files"][name]:
+            raise UserError(f"{folder / name}: content differs from the manifest's sha256")
 
 
 def candidates(run: Path) -> list[Path]:
@@ -98,14 +128,22 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def newest(run: Path, warn=print) -> Path | None:
-    """Return the newest checkpoint that verifies, or None; says through ``warn`` what is wrong with newer ones."""
+def newest(
+    run: Path, warn: Callable[[str], None] = print, check: Callable[[Path], dict] = verify, before: Path | None = None
+) -> Path | None:
+    """Return the newest checkpoint that verifies, or None; says through ``warn`` what is wrong with newer ones.
+
+    Args:
+        check: :func:`verify` or :func:`look_over`.
+        before: one that the checkpoint must be older than.
+    """
     for folder in candidates(run):
-        try:
-            verify(folder)
-            return folder
-        except UserError as error:
-            warn(f"warning: passing over a checkpoint: {error}")
+        if before is None or _step_of(folder) < _step_of(before):
+            try:
+                check(folder)
+                return folder
+            except UserError as error:
+                warn(f"{PASSING_OVER}: {error}")
     return None
 
 
@@ -130,7 +168,8 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(leftover)
 
 
-def _describe(path: Path) -> dict:
+def describe(path: Path) -> dict:
+    """Return a file's size and sha256, as the manifest has them."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):

@@ -228,19 +228,28 @@ class Engine:
         torch.distributed.all_reduce(numbers, _REDUCTIONS[op])
         return numbers.cpu()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return what each rank has as ``value``, something small, in the order of ranks; all ranks call it."""
+        self.progress.call()
+        values = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.progress.call()
         torch.distributed.barrier()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Path | None:
         """Write weights, optimizer states and buffers into ``folder``, which all ranks share; all ranks call it.
 
-        Returns when every rank has written. Writes no pointer and no manifest.
+        Returns, when every rank has written, the file that this one has, if it has any. Writes no pointer and no
+        manifest.
         """
         self.progress.expect_long()
-        save_states(Path(folder), self.rank, self.module, self._flats, self._optimizer.state, self.stage == 0)
+        written = save_states(Path(folder), self.rank, self.module, self._flats, self._optimizer.state, self.stage == 0)
         self.barrier()
+        return written
 
     def load(self, folder: Path) -> None:
         """Restore what ``save`` wrote: the same bits on the same world size and stage, the same numbers on any other.

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def starting_point(recipe: Recipe, resume: str, own_keys: tuple[str, ...] = ()) -> Path | None:
-    """Return the verified checkpoint to go on from, or None for a new run; say what is not as it was then.
+    """Return the checkpoint to go on from, or None for a new run; say what is not as it was then.
+
+    It is looked over only: the ranks, once they are joined, read its files together (:func:`agree_on_start`).
 
     Args:
         resume: ``auto`` takes the newest good checkpoint of the run's folder, ``never`` none, else a checkpoint. A run
@@ -28,12 +30,8 @@ def starting_point(recipe: Recipe, resume: str, own_keys: tuple[str, ...] = ()) 
         UserError: if there is none to be had, or it is of another model, other objectives, another sampler, ….
     """
     run = Path(recipe.run)
-    if int(os.environ.get(RESTART, 0)) > 0:
-        resume = "auto"
-    if resume == "auto":
-        start = checkpoint.newest(run, warn=_say)
-        if start is None and checkpoint.candidates(run):
-            raise UserError(f"{run}: none of its checkpoints verifies; choose another run folder (run=…) to start anew")
+    if _goes_by_itself(resume):
+        start = _newest(run)
     elif resume == "never":
         if checkpoint.candidates(run):
             raise UserError(
@@ -42,13 +40,71 @@ def starting_point(recipe: Recipe, resume: str, own_keys: tuple[str, ...] = ()) 
         return None
     else:
         start = Path(resume)
-        checkpoint.verify(start)
+        checkpoint.look_over(start)
     if start is not None:
-        saved = load_recipe(start / "config.yaml", kind=type(recipe))
-        _check_same(recipe, saved, start, own_keys)
-        for line in _changes(recipe, saved):
-            _say(line)
+        _compare_recipes(recipe, start, own_keys)
     return start
+
+
+def agree_on_start(trainer: "Trainer", start: Path | None, resume: str, own_keys: tuple[str, ...]) -> Path | None:
+    """Return the checkpoint to go on from once its files are found as they were saved: ``start``, or if the run takes
+    the newest and something is wrong with that, an older one. Each rank reads its part of the files; all call it.
+
+    Raises:
+        UserError: if something is wrong with a checkpoint that was named, or none is left.
+        RunError: if the ranks see different checkpoints.
+    """
+    engine, run = trainer.engine, trainer.run
+    engine.progress.expect_long()
+    while True:
+        told = engine.gather((start and start.name, _what_is_wrong(start, engine.rank, engine.world_size)))
+        if len(names := {name for name, _ in told}) > 1:
+            raise RunError(
+                f"{run}: the ranks see different checkpoints ({', '.join(sorted(map(str, names)))}); the run's folder "
+                "must be one that all of them share"
+            )
+        wrong = next((each for _, each in told if each), None)
+        if start is None or wrong is None:
+            return start
+        if not _goes_by_itself(resume):
+            raise UserError(wrong)
+        _say(f"{checkpoint.PASSING_OVER}: {wrong}")
+        start = _newest(run, before=start)
+        _compare_recipes(trainer.recipe, start, own_keys)
+
+
+def _goes_by_itself(resume: str) -> bool:
+    """Whether the run takes its newest checkpoint: so says the user, or it is started anew."""
+    return resume == "auto" or int(os.environ.get(RESTART, 0)) > 0
+
+
+def _newest(run: Path, before: Path | None = None) -> Path | None:
+    """Return the run's newest checkpoint, looked over, or None if it has none; raise UserError if none is good."""
+    found = checkpoint.newest(run, _say, checkpoint.look_over, before)
+    if found is None and checkpoint.candidates(run):
+        raise UserError(f"{run}: none of its checkpoints verifies; choose another run folder (run=…) to start anew")
+    return found
+
+
+def _what_is_wrong(start: Path | None, rank: int, world_size: int) -> str | None:
+    """Read this rank's part of a checkpoint's files, and say in which way one is not what was saved."""
+    if start is None:
+        return None
+    try:
+        manifest = checkpoint.look_over(start)
+        largest_first = sorted(manifest["files"], key=lambda name: (-manifest["files"][name]["bytes"], name))
+        checkpoint.compare(start, manifest, largest_first[rank::world_size])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _compare_recipes(recipe: Recipe, start: Path, own_keys: tuple[str, ...]) -> None:
+    """Say what of the recipe is not as it was in a checkpoint; raise UserError if it has to be."""
+    saved = load_recipe(start / "config.yaml", kind=type(recipe))
+    _check_same(recipe, saved, start, own_keys)
+    for line in _changes(recipe, saved):
+        _say(line)
 
 
 def _check_same(recipe: Recipe, saved: Recipe, start: Path, own_keys: tuple[str, ...]) -> None:
@@ -85,13 +141,13 @@ def _architecture(recipe: Recipe) -> dict:
 
 
 def _say(line: str) -> None:
-    """Print a line, from one of the ranks, which are not joined yet."""
+    """Print a line, from one of the ranks, which may not be joined yet."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(line, flush=True)
 
 
 def resume(trainer: "Trainer", folder: Path) -> None:
-    """Take up a checkpoint that :func:`pretrain.training.checkpoint.verify` has passed; all ranks call it.
+    """Take up the checkpoint that the ranks have agreed on; all ranks call it.
 
     The world size and the ZeRO stage may be others than those it was saved on. Weights, optimizer states, samples,
     masks and the sampler's draws are then still the same; the sums over ranks, and dropout, are not.
@@ -108,13 +164,3 @@ def resume(trainer: "Trainer", folder: Path) -> None:
     if trainer.engine.rank == 0:
         checkpoint.set_aside(trainer.run, after=trainer.step)
         mark_best(trainer)
-
-
-def check_agreement(trainer: "Trainer") -> None:
-    """Raise RunError if the ranks do not go on from the same step; all ranks call it."""
-    newest, minus_oldest = trainer.engine.all_reduce([trainer.step, -trainer.step], "max").tolist()
-    if newest != -minus_oldest:
-        raise RunError(
-            f"{trainer.run}: the ranks see different checkpoints (steps {-minus_oldest:.0f} to {newest:.0f}); "
-            "the run's folder must be one that all of them share"
-        )

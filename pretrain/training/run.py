@@ -26,7 +26,7 @@ from pretrain.training.ending import Ending
 from pretrain.training.engine import Engine, init_distributed, shutdown_distributed
 from pretrain.training.log import RunLog, check_trackers
 from pretrain.training.optimizer import OptimizerSettings, ParameterGroup
-from pretrain.training.resuming import check_agreement, resume, starting_point
+from pretrain.training.resuming import agree_on_start, resume, starting_point
 from pretrain.training.stop import StopRequest
 from pretrain.training.trainer import Trainer
 from pretrain.training.watch import LIMIT_SECONDS, Watch, collective_timeout
@@ -131,7 +131,11 @@ def _run(args: argparse.Namespace, kind: Kind, stop: StopRequest, ending: Ending
             if rank == 0:
                 print(page, flush=True)
         else:
-            _train(kind.trainer(parts, engine, stop), start, ds_config)
+            trainer = kind.trainer(parts, engine, stop)
+            with recipe.named_in_errors():
+                if start := agree_on_start(trainer, start, args.resume, kind.own_keys):
+                    resume(trainer, start)
+            _train(trainer, start, ds_config)
 
 
 def _ds_config(recipe: Recipe, path: str, world_size: int) -> dict:
@@ -169,10 +173,6 @@ def _engine(parts: Parts, ds_config: dict, lr_scales: dict[str, float], progress
 
 def _train(trainer: Trainer, start: Path | None, ds_config: dict) -> None:
     parts, engine, recipe = trainer.parts, trainer.engine, trainer.recipe
-    if start is not None:
-        with recipe.named_in_errors():
-            resume(trainer, start)
-    check_agreement(trainer)
     if engine.rank == 0:
         recipe.save(trainer.run / "config.yaml")
         (trainer.run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")

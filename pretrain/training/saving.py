@@ -30,12 +30,14 @@ def save(trainer: "Trainer") -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         engine.barrier()
-        engine.save(partial / "engine")
+        written = engine.save(partial / "engine")
+        own = {str(written.relative_to(partial)): checkpoint.describe(written)} if written else {}
+        described = dict(entry for each in engine.gather(own) for entry in each.items())
         if engine.rank == 0:
             _check_all_wrote(partial / "engine", 1 if engine.stage == 0 else engine.world_size)
             _write_facts(trainer, partial)
             facts = {"world_size": engine.world_size, "zero_stage": engine.stage}
-            trainer.log.say(f"saved {checkpoint.publish(run, step, facts)}")
+            trainer.log.say(f"saved {checkpoint.publish(run, step, facts, described)}")
             mark_best(trainer)
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_lost_contact(error):

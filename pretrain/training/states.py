@@ -22,13 +22,16 @@ _WEIGHT, _BUFFER, _STATE = "weight", "buffer", "state"
 _QUIET_SECONDS = 3.0
 
 
-def save_states(folder: Path, rank: int, module: nn.Module, flats: list[Flat], state: dict, replicated: bool) -> None:
-    """Write this rank's fragments of weights and optimizer ``state`` and, from rank 0, the module's buffers.
+def save_states(
+    folder: Path, rank: int, module: nn.Module, flats: list[Flat], state: dict, replicated: bool
+) -> Path | None:
+    """Write this rank's fragments of weights and optimizer ``state`` and, from rank 0, the module's buffers; return the
+    file.
 
     ``replicated``: every rank holds everything (stage 0), so rank 0 alone writes.
     """
     if replicated and rank > 0:
-        return
+        return None
     names, tensors, places = _names(module), {}, {}
     for flat in flats:
         for fragment in flat.fragments:
@@ -41,7 +44,9 @@ def save_states(folder: Path, rank: int, module: nn.Module, flats: list[Flat], s
     if rank == 0:
         tensors |= {f"{_BUFFER}/{name}": _own(buffer) for name, buffer in module.named_buffers()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"states-{rank:05d}.safetensors", metadata={"places": json.dumps(places)})
+    path = folder / f"states-{rank:05d}.safetensors"
+    save_file(tensors, path, metadata={"places": json.dumps(places)})
+    return path
 
 
 def load_states(folder: Path, module: nn.Module, flats: list[Flat], state: dict) -> None:

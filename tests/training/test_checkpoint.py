@@ -15,7 +15,7 @@ def write(run, step, content=b"weights"):
     (partial / "engine").mkdir(parents=True)
     (partial / "engine" / "states").write_bytes(content)
     (partial / "empty").write_bytes(b"")
-    return checkpoint.publish(run, step, {"world_size": 3})
+    return checkpoint.publish(run, step, {"world_size": 3}, {})
 
 
 def test_a_published_checkpoint_verifies_and_is_what_latest_names(tmp_path):
