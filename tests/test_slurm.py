@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,15 @@ import psutil
 import pytest
 
 from pretrain.cli import main
+from pretrain.config import apply_overrides
 from pretrain.errors import UserError
 from pretrain.slurm import TEMPLATE, seconds
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = TEMPLATE.with_name("launch.sh")
 LIMIT_SECONDS = 60
+RUN = "it's a \"run\\"
+"""A folder whose name means something to shells and to YAML."""
 BASE = ["configs/recipes/base.yaml", "training.micro_batch_rows=8"]
 
 # What stands for SLURM: srun runs rank 1 of 3 on the spot, scontrol names two nodes, and the rest is noted.
@@ -35,7 +39,7 @@ echo "rank $RANK/$WORLD_SIZE local $LOCAL_RANK master $MASTER_ADDR:$MASTER_PORT 
 printf '<%s>' "$@"; echo
 echo begun
 [ -z "${MISTAKEN:-}" ] || touch "$MEDLEY_MISTAKE"
-[ -z "${SAVES:-}" ] || { mkdir -p "a b/checkpoints"; echo "$SAVES" >"a b/checkpoints/latest"; }
+[ -z "${SAVES:-}" ] || { mkdir -p "$RUN/checkpoints"; echo "$SAVES" >"$RUN/checkpoints/latest"; }
 while [ -z "${stop:-}" ] && [ "${WAIT:-1}" = 1 ]; do read -r -t 0.1 <>"$PIPE"; done
 exit "${CODE:-0}"
 """
@@ -54,11 +58,11 @@ def cluster(tmp_path):
     script = (
         TEMPLATE.read_text()
         .replace("\npython=python\n", "\npython=rank\n")
-        .replace("\nrun=runs/base\n", "\nrun='a b'\n")
+        .replace("\nrun=runs/base\n", f"\nrun={shlex.quote(RUN)}\n")
     )
     (tmp_path / "job.sbatch").write_text(script)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMP"))}
-    variables = {"CALLS": str(tmp_path / "calls"), "PIPE": str(tmp_path / "pipe")}
+    variables = {"RUN": RUN, "CALLS": str(tmp_path / "calls"), "PIPE": str(tmp_path / "pipe")}
     return tmp_path, {**clean, **variables, "PATH": f"{programs}:{os.environ['PATH']}"}
 
 
@@ -95,13 +99,16 @@ def test_ranks_find_each_other_by_slurms_variables(cluster):
     code, output, calls = run_job(cluster)
     assert code == 0
     assert "rank 1/3 local 0 master node7:20123 threads 5" in output
-    assert "<-u><launch/train.py><--ds_config><configs/ds/zero2-bf16.json>" in output and '<run="a b">' in output
+    assert "<-u><launch/train.py><--ds_config><configs/ds/zero2-bf16.json>" in output
+    (run,) = re.findall("<(run=.*?)>", output)
+    assert apply_overrides({}, [run]) == {"run": RUN}
     assert calls == "scontrol show hostnames node[7,9]\n"
 
 
 def test_a_seed_of_an_array_has_its_own_run(cluster):
     _, output, _ = run_job(cluster, SLURM_ARRAY_TASK_ID="7")
-    assert '<seed=7><run="a b/seed-7">' in output
+    (run,) = re.findall("<seed=7><(run=.*?)>", output)
+    assert apply_overrides({}, [run]) == {"run": f"{RUN}/seed-7"}
 
 
 @pytest.mark.parametrize("code", [0, 1, 143])
