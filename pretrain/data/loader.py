@@ -109,10 +109,6 @@ class Loader:
         order = np.argsort(draws, kind="stable")
         return [samples[rows[i]] for i in order]
 
-    def samples_a_row(self) -> list[int]:
-        """Return how many samples each row of the first window has."""
-        return [len(row) for row in self._window_rows(0)]
-
     def next(self) -> StepBatch:
         """Return this rank's part of the next global batch and move on."""
         rows: list[np.ndarray] = []

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pretrain.data.output import sync
@@ -39,6 +39,9 @@ def publish(run: Path, step: int, facts: dict, described: Mapping[str, dict]) ->
     take it; what was there before stays.
     """
     partial, final = partial_folder(run, step), folder_of(run, step)
+    for name, expected in described.items():
+        if (found := (partial / name).stat().st_size) != expected["bytes"]:
+            raise OSError(f"{partial / name} has {found} bytes, where {expected['bytes']} were written")
     names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]
     files = {name: described.get(name) or describe(partial / name) for name in names}
     _write(partial / MANIFEST, json.dumps({"step": step, **facts, "files": files}, indent=2) + "\n")
@@ -76,7 +79,7 @@ def verify(folder: Path) -> dict:
         UserError: naming the first file that is missing or differs.
     """
     manifest = look_over(folder)
-    compare(folder, manifest, manifest["files"])
+    compare(folder, manifest["files"])
     return manifest
 
 
@@ -99,22 +102,18 @@ def look_over(folder: Path) -> dict:
             raise UserError(f"{path}: missing, but the manifest lists it")
         if path.stat().st_size != expected["bytes"]:
             raise UserError(f"{path}: {path.stat().st_size} bytes, but the manifest says {expected['bytes']}")
-    compare(folder, manifest, [name for name, expected in files if expected["bytes"] <= _SMALL_BYTES])
+    compare(folder, {name: expected for name, expected in files if expected["bytes"] <= _SMALL_BYTES})
     return manifest
 
 
-def compare(folder: Path, manifest: dict, names: Iterable[str]) -> None:
-    """Read some of a checkpoint's files and compare them with its manifest.
+def compare(folder: Path, files: Mapping[str, dict]) -> None:
+    """Read files of a checkpoint and compare them with what its manifest has of them.
 
     Raises:
         UserError: as :func:`verify`.
     """
-    for name in names:
-        try:
-            found = describe(folder / name)
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be read ({error.strerror})") from None
-        if found != manifest["files"][name]:
+    for name, expected in files.items():
+        if describe(folder / name) != expected:
             raise UserError(f"{folder / name}: content differs from the manifest's sha256")
 
 

@@ -28,19 +28,21 @@ def check_micro_batches(parts: Parts, world_size: int) -> None:
             f"weigher.granularity: weighing micro-batches needs {needs} a step, not {steps} ({training.batch_rows} "
             f"rows over {world_size} ranks × {training.micro_batch_rows} rows); lower training.micro_batch_rows"
         )
-    if share_of_single_samples(parts, world_size) == 1:
+    if lone_samples(parts, world_size) == 1:
         raise UserError(
             "weigher.granularity: each micro-batch is a single sample; set it to sample, or raise "
             "training.micro_batch_rows"
         )
 
 
-def share_of_single_samples(parts: Parts, world_size: int) -> float:
-    """Return what share of the micro-batches is a single sample, as far as the first window of rows tells."""
-    if parts.recipe.training.micro_batch_rows * world_size > 1:
+def lone_samples(parts: Parts, world_size: int) -> float:
+    """Return the share of the samples that are a micro-batch by themselves, since no other fits beside them."""
+    if parts.recipe.training.micro_batch_rows * world_size * parts.weigher.config.halves > 1:
         return 0.0
-    samples = parts.loader(rank=0, world_size=1).samples_a_row()
-    return samples.count(1) / len(samples)
+    if not parts.recipe.data.packing:
+        return 1.0
+    lengths = np.asarray(parts.store.lengths)
+    return float((lengths + lengths.min() > parts.row_length).mean())
 
 
 def weigh_micro_batches(
@@ -71,11 +73,11 @@ def weigh_micro_batches(
         own[1, number] = sum(scale * of_samples[term].sum() for term, scale in scales.items())
         own[0, number] = sum(counts.sum() for view in micro_views.values() for counts in view.counts.values())
 
-        parts = [engine.restrict(each, weighing.scoring.parameters) for each in gradients[-halves:]]
+        scoring = [engine.restrict(each, weighing.scoring.parameters) for each in gradients[-halves:]]
         if noise:
-            noise.add(parts[-1])
+            noise.add(scoring[-1])
         if (number + 1) % halves == 0:
-            products.append(parts[0].dot(parts[-1]))
+            products.append(scoring[0].dot(scoring[-1]))
             if in_two_passes:
                 weighing.memory, gradients = gradients, []
 

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, what must be as it was, and how all ranks take it up."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -7,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.errors import RunError, UserError
+from pretrain.influence import WeigherConfig
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.training import checkpoint
-from pretrain.training.saving import STATE, mark_best
+from pretrain.training.saving import ENGINE, STATE, mark_best
 from pretrain.training.start import RESTART
 
 if TYPE_CHECKING:
+    from pretrain.training.engine import Engine
     from pretrain.training.trainer import Trainer
 
 
@@ -57,13 +60,13 @@ def agree_on_start(trainer: "Trainer", start: Path | None, resume: str, own_keys
     engine, run = trainer.engine, trainer.run
     engine.progress.expect_long()
     while True:
-        told = engine.gather((start and start.name, _what_is_wrong(start, engine.rank, engine.world_size)))
-        if len(names := {name for name, _ in told}) > 1:
+        seen, wrongs = zip(*engine.gather(_read_own_part(engine, start)), strict=True)
+        if len(set(seen)) > 1:
             raise RunError(
-                f"{run}: the ranks see different checkpoints ({', '.join(sorted(map(str, names)))}); the run's folder "
-                "must be one that all of them share"
+                f"{run}: the ranks see different checkpoints ({'; '.join(sorted(set(seen)))}); the run's folder must "
+                "be one that all of them share"
             )
-        wrong = next((each for _, each in told if each), None)
+        wrong = next((each for each in wrongs if each), None)
         if start is None or wrong is None:
             return start
         if not _goes_by_itself(resume):
@@ -81,22 +84,29 @@ def _goes_by_itself(resume: str) -> bool:
 def _newest(run: Path, before: Path | None = None) -> Path | None:
     """Return the run's newest checkpoint, looked over, or None if it has none; raise UserError if none is good."""
     found = checkpoint.newest(run, _say, checkpoint.look_over, before)
-    if found is None and checkpoint.candidates(run):
+    if found is None and (before or checkpoint.candidates(run)):
         raise UserError(f"{run}: none of its checkpoints verifies; choose another run folder (run=…) to start anew")
     return found
 
 
-def _what_is_wrong(start: Path | None, rank: int, world_size: int) -> str | None:
-    """Read this rank's part of a checkpoint's files, and say in which way one is not what was saved."""
+def _read_own_part(engine: "Engine", start: Path | None) -> tuple[str, str | None]:
+    """Read this rank's part of a checkpoint's files; return which checkpoint it is and, if so, in which way a file is
+    not what was saved.
+
+    The states come first, in the order of ranks: each rank reads what it takes up if there are as many as there were.
+    """
     if start is None:
-        return None
+        return "none", None
+    listed = (start / checkpoint.MANIFEST).read_bytes()
+    which, files = f"{start.name}, {hashlib.sha256(listed).hexdigest()[:8]}", json.loads(listed)["files"]
+    in_order = sorted(files, key=lambda name: (not name.startswith(f"{ENGINE}/"), name))
     try:
-        manifest = checkpoint.look_over(start)
-        largest_first = sorted(manifest["files"], key=lambda name: (-manifest["files"][name]["bytes"], name))
-        checkpoint.compare(start, manifest, largest_first[rank::world_size])
+        for name in in_order[engine.rank :: engine.world_size]:
+            engine.progress.call()
+            checkpoint.compare(start, {name: files[name]})
     except UserError as error:
-        return str(error)
-    return None
+        return which, str(error)
+    return which, None
 
 
 def _compare_recipes(recipe: Recipe, start: Path, own_keys: tuple[str, ...]) -> None:
@@ -114,7 +124,7 @@ def _check_same(recipe: Recipe, saved: Recipe, start: Path, own_keys: tuple[str,
         ("model", _architecture(recipe), _architecture(saved)),
         ("objectives", list(recipe.objective_configs.items()), list(saved.objective_configs.items())),
         ("sampler", recipe.sampler_config, saved.sampler_config),
-        ("weigher", recipe.weigher_config, saved.weigher_config),
+        ("weigher", _numbers_of(recipe.weigher_config), _numbers_of(saved.weigher_config)),
         ("training.optimizer.name", recipe.training.optimizer.name, saved.training.optimizer.name),
         *((key, getattr(recipe, key), getattr(saved, key)) for key in own_keys),
     ):
@@ -133,6 +143,11 @@ def _changes(recipe: Recipe, saved: Recipe) -> Iterator[str]:
             "warning: another global batch: samples keep their order but fall into other steps; the learning rate, its "
             "schedule and all else that follows the steps stay as they are"
         )
+
+
+def _numbers_of(weigher: WeigherConfig) -> dict:
+    """Return what of a weigher's configuration decides its weights, and not only how they are come by."""
+    return weigher.model_dump(exclude={"gradient"})
 
 
 def _architecture(recipe: Recipe) -> dict:
@@ -160,7 +175,7 @@ def resume(trainer: "Trainer", folder: Path) -> None:
         before = f"{manifest['world_size']} ranks at ZeRO {manifest['zero_stage']}"
         _say(f"note: {folder} was saved on {before}, and is taken over by {engine.world_size} at {engine.stage}")
     trainer.load_state_dict(json.loads((folder / STATE).read_text()))
-    engine.load(folder / "engine")
+    engine.load(folder / ENGINE)
     if trainer.engine.rank == 0:
         checkpoint.set_aside(trainer.run, after=trainer.step)
         mark_best(trainer)

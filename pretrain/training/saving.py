@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from pretrain.data.output import sync
 from pretrain.errors import RunError
 from pretrain.training import checkpoint
 from pretrain.training.ending import is_lost_contact
@@ -14,7 +15,7 @@ from pretrain.training.ending import is_lost_contact
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-STATE = "trainer.json"
+STATE, ENGINE = "trainer.json", "engine"
 
 
 def save(trainer: "Trainer") -> None:
@@ -30,11 +31,14 @@ def save(trainer: "Trainer") -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         engine.barrier()
-        written = engine.save(partial / "engine")
-        own = {str(written.relative_to(partial)): checkpoint.describe(written)} if written else {}
+        written = engine.save(partial / ENGINE)
+        own = {}
+        if written:
+            sync(written)  # by the machine that has written it
+            own[str(written.relative_to(partial))] = checkpoint.describe(written)
         described = dict(entry for each in engine.gather(own) for entry in each.items())
         if engine.rank == 0:
-            _check_all_wrote(partial / "engine", 1 if engine.stage == 0 else engine.world_size)
+            _check_all_wrote(partial / ENGINE, 1 if engine.stage == 0 else engine.world_size)
             _write_facts(trainer, partial)
             facts = {"world_size": engine.world_size, "zero_stage": engine.stage}
             trainer.log.say(f"saved {checkpoint.publish(run, step, facts, described)}")

@@ -24,7 +24,7 @@ from pretrain.sampling import Wish
 from pretrain.training.build import Parts
 from pretrain.training.engine import Engine
 from pretrain.training.gradient import Gradient
-from pretrain.training.micro_batches import check_micro_batches, share_of_single_samples, weigh_micro_batches
+from pretrain.training.micro_batches import check_micro_batches, lone_samples, weigh_micro_batches
 from pretrain.training.record import add_sums
 from pretrain.training.scoring import Columns, Scoring, ghosts_of
 
@@ -70,7 +70,7 @@ class Weighing:
         self.by_micro_batch = bool(self.scoring.ghosts) and parts.weigher.config.granularity == MICROBATCH
         self.memory: list[Gradient] = []
         """Of gradients of micro-steps that are needed no longer, for those of the next."""
-        self.single_samples = share_of_single_samples(parts, engine.world_size) if self.by_micro_batch else 0.0
+        self.lone_samples = lone_samples(parts, engine.world_size) if self.by_micro_batch else 0.0
         self.micro_steps = training.batch_rows // (training.micro_batch_rows * engine.world_size)
         self.store = parts.store.fingerprint
         self.log = SampleLog(Path(parts.recipe.run), training.steps, parts.recipe.log.interval_steps)
@@ -91,9 +91,9 @@ class Weighing:
     def notes(self) -> list[str]:
         """What the user should know, in sentences."""
         notes = [f"two passes a step: {reason}"] if (reason := self.why_two_passes) else []
-        if self.single_samples > 0.1:
+        if self.lone_samples > 0.1:
             notes.append(
-                f"about {self.single_samples:.0%} of the micro-batches are a single sample; raise "
+                f"{self.lone_samples:.0%} of the samples are a micro-batch by themselves; raise "
                 "training.micro_batch_rows, or set weigher.granularity to sample"
             )
         return notes
@@ -238,7 +238,8 @@ class Weighing:
             self.engine.backward(loss)
             config = self.weigher.config
             kept = self.micro_steps if config.gradient == "deferred" else config.halves
-            self.memory = [self.engine.gradient() for _ in range(kept)]
+            while len(self.memory) < kept:
+                self.memory.append(self.engine.gradient())
         elif self.scoring.defers and not self.why_two_passes:
             for name in scorers:
                 self.scoring.record(0, name, views[name], scales, 1.0)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pretrain.influence.sample_log import read_sample_log
 from pretrain.model.vocabulary import Vocabulary
 from pretrain.recipe import load_recipe, recipe_from
 from pretrain.training.build import build
+from pretrain.training.engine import Engine
 from tests.builders import lay_out
 from tests.influence.test_weights import written_out
 from tests.objectives.builders import write_task
@@ -114,6 +116,9 @@ def plain(document: dict, by_micro_batch: bool = False, halves: int = 1) -> list
         optimizer.step()
         size = sum(weights) ** 2 / sum(w * w for w in weights) / len(weights)
         samples = {"scores": scores, "weights": weights, "targets": targets, "square_of_sum": summed}
+        samples["squares"] = [sum(float(each[n].double().square().sum()) for n in first_block) for each in gradients]
+        own = [float(loss.detach()) * len(scores) for loss in losses]
+        samples["losses"] = [sum(own[n : n + halves]) for n in range(0, len(own), halves)]
         records.append(
             {
                 "loss": float(sum(losses).detach()),
@@ -175,6 +180,7 @@ def test_what_cannot_be_deferred_takes_two_passes_and_says_why(corpus, tmp_path,
         ("zero0.json", "zero3.json", 4, 20, ("mlm",), {"score": "layer_norm"}),
         ("zero1.json", "zero1.json", 2, 5, ("cse", "mlm"), {"normalise": "window", "window": 40}),
         ("zero2.json", "zero2.json", 4, 5, ("cse", "mlm", "rtd"), {"score_objective": "each", "layers": "all"}),
+        ("zero1.json", "zero1.json", 2, 5, ("mlm", "rtd"), {"granularity": "microbatch"}),
     ],
 )
 def test_after_twenty_steps_a_deferred_gradient_has_trained_as_two_passes_do(
@@ -237,7 +243,44 @@ def test_weighing_micro_batches_is_the_papers_algorithm_2(corpus, tmp_path, rank
         document["training"]["batch_rows"] = 8 * halves
     records, said = run(documents[0], ds, ranks if world_size > 1 else None)
     assert "note" not in said
-    assert_same_training(records, plain(documents[1], True, halves))
+    expected = plain(documents[1], True, halves)
+    assert_same_training(records, expected)
+    for told, each in zip(read_sample_log(tmp_path / "run"), expected, strict=True):
+        for column in ("scores", "losses", "targets", "weights"):
+            assert told[column] == pytest.approx(each[column], rel=1e-4), column
+
+
+class Allocations:
+    """Counts the gradients that an engine makes room for, while it is entered."""
+
+    def __enter__(self):
+        self.number, whole = 0, Engine.gradient
+
+        def counted(engine, into=None):
+            self.number += into is None
+            return whole(engine, into)
+
+        self.patch = patch.object(Engine, "gradient", counted)
+        self.patch.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.patch.__exit__(*error)
+
+
+@pytest.mark.parametrize(
+    ("keys", "number"), [({}, 4), ({"gradient": "two_pass"}, 1), ({"gradient": "two_pass", "signal": "split"}, 2)]
+)
+def test_gradients_of_micro_batches_are_kept_as_long_as_needed_and_a_dry_run_has_as_many(
+    corpus, tmp_path, keys, number
+):
+    document = weighed(corpus, tmp_path / "run", 2, ("mlm", "rtd"), granularity="microbatch", **keys)
+    document["sampler"] = {"name": "uniform"}  # draws one objective a step: two plans
+    with Allocations() as dry:
+        assert train(document, "--dry-run")[0] == 0
+    with Allocations() as real:
+        run(document)
+    assert (dry.number, real.number) == (number, number)
 
 
 def test_without_temperature_every_weigher_is_bit_identical_to_uniform(corpus, tmp_path):
@@ -305,15 +348,16 @@ def test_the_switch_measures_the_noise_of_the_gradient_that_samples_make(corpus,
     assert records[0]["weigher"]["temperature"] == 1.0
 
 
-def test_the_switch_measures_the_noise_of_micro_batches_too(corpus, tmp_path):
+@pytest.mark.parametrize("signal", ["norm", "split"])
+def test_the_switch_measures_the_noise_of_micro_batches_too(corpus, tmp_path, signal):
+    keys = {"granularity": "microbatch", "switch": "auto", "signal": signal}
     documents = [
-        weighed(corpus, tmp_path / gradient, 2, granularity="microbatch", switch="auto", gradient=gradient)
-        for gradient in ("deferred", "two_pass")
+        weighed(corpus, tmp_path / gradient, 2, gradient=gradient, **keys) for gradient in ("deferred", "two_pass")
     ]
     for document in documents:
         document["training"]["steps"] = 1
     (exact,) = plain(documents[0], by_micro_batch=True)
-    number, total = len(exact["scores"]), sum(exact["scores"])
+    number, total = len(exact["squares"]), sum(exact["squares"])
     signal = (exact["square_of_sum"] - total) / (number * (number - 1))
     noise = (total / number - signal) / number
     for document in documents:
@@ -353,8 +397,35 @@ def test_a_micro_batch_of_one_sample_is_one_line(tmp_path, packing):
 def test_micro_batches_of_which_many_are_one_sample_are_noted(tmp_path):
     mixed = write_corpus(tmp_path / "mixed", lengths=(20, 65))
     _, said = run(weighed(mixed, tmp_path / "run", 1, granularity="microbatch"))
-    (note,) = (line for line in said.splitlines() if "note: weigher: about " in line)
-    assert "% of the micro-batches are a single sample; raise training.micro_batch_rows" in note
+    (note,) = (line for line in said.splitlines() if "note: weigher: " in line)
+    assert "% of the samples are a micro-batch by themselves; raise training.micro_batch_rows" in note
+
+
+def test_micro_batches_of_which_a_few_are_one_sample_or_the_ranks_have_several_are_not(corpus, tmp_path, ranks):
+    few = weighed(corpus, tmp_path / "few", 1, granularity="microbatch")
+    few["data"]["row_length"] = 37  # where samples of 32 tokens are alone
+    filling = write_corpus(tmp_path / "filling", lengths=(33, 65))
+    halves = weighed(filling, tmp_path / "halves", 1, granularity="microbatch", signal="split")
+    shared = weighed(filling, tmp_path / "shared", 1, granularity="microbatch")
+    for document, given in ((few, None), (halves, None), (shared, ranks)):
+        document["training"]["steps"] = 1
+        assert "note" not in run(document, ranks=given)[1]
+
+
+def test_refusing_micro_batches_of_one_sample_copies_no_store(tmp_path):
+    filling = write_corpus(tmp_path / "filling", lengths=(33, 65))
+    document = weighed(filling, tmp_path / "run", 1, granularity="microbatch")
+    document["data"]["cache"] = {"folder": str(tmp_path / "cache")}
+    assert train(document)[0] == 2
+    assert not list(tmp_path.glob("cache/**/*.bin"))
+
+
+def test_a_run_is_resumed_with_another_way_to_the_same_weights(corpus, tmp_path):
+    document = weighed(corpus, tmp_path / "run", 2, granularity="microbatch")
+    run(document)
+    document["weigher"]["gradient"] = "two_pass"
+    _, said = run(document)
+    assert "going on from" in said
 
 
 def test_a_run_is_not_resumed_with_another_weigher(corpus, tmp_path):

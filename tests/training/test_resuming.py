@@ -1,8 +1,11 @@
 """A checkpoint's hashes are made, and checked before a run goes on from it, by its ranks together."""
 
+import errno
 import json
 import os
+import re
 import shutil
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -15,7 +18,7 @@ def document(corpus, run) -> dict:
     return recipe(corpus, run, training__steps=4, checkpoint__interval_steps=2, objectives={"mlm": {}}, sampler={})
 
 
-def go_on(document: dict, *arguments: str):
+def go_on(document: dict, *arguments: str, ds: str = "zero2.json"):
     """Train, with no file so small that every rank reads it; return the outcome and the files that were read."""
     read, describe = [], checkpoint.describe
 
@@ -24,7 +27,7 @@ def go_on(document: dict, *arguments: str):
         return describe(path)
 
     with patch.multiple(checkpoint, _SMALL_BYTES=-1, describe=told):
-        return train(document, *arguments), read
+        return train(document, *arguments, ds=ds), read
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +51,15 @@ def test_each_file_is_read_by_one_rank(trained, run, ranks):
     (one, first), (other, second) = ranks(go_on, document(trained[0], run))
     assert (one[0], other[0]) == (0, 0) and "step-00000004" in one[1]
     assert len(first + second) == len(set(first + second)) == len(manifest["files"])
-    assert [sum("states" in name for name in names) for names in (first, second)] == [1, 1]
+    assert "engine/states-00000.safetensors" in first and "engine/states-00001.safetensors" in second
 
 
-def test_what_a_rank_has_written_it_describes_itself(trained, tmp_path, ranks):
-    (one, first), (other, second) = ranks(go_on, document(trained[0], tmp_path / "run"))
+@pytest.mark.parametrize(("ds", "own"), [("zero2.json", ["engine/states-00001.safetensors"]), ("zero0.json", [])])
+def test_what_a_rank_has_written_it_describes_itself(trained, tmp_path, ranks, ds, own):
+    (one, first), (other, second) = ranks(partial(go_on, ds=ds), document(trained[0], tmp_path / "run"))
     assert (one[0], other[0]) == (0, 0)
-    assert second == ["engine/states-00001.safetensors"] * 2 and second[0] not in first  # two checkpoints
+    assert second == own * 2 and not set(own) & set(first)  # two checkpoints
+    assert first.count("engine/states-00000.safetensors") == 2
     assert all(checkpoint.verify(folder) for folder in checkpoint.candidates(tmp_path / "run"))
 
 
@@ -67,6 +72,45 @@ def test_what_one_rank_finds_damaged_all_pass_over(trained, run, ranks, number):
     assert said.count("warning: passing over a checkpoint") == 1 and f"states-0000{number}.safetensors: content" in said
     assert "going on from" in said and "step-00000002" in said
     assert [entry["losses"] for entry in metrics(run)] == [entry["losses"] for entry in metrics(trained[1])]
+
+
+def test_a_damaged_recipe_is_a_damaged_checkpoint(trained, run, ranks):
+    config = run / "checkpoints" / "step-00000004" / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 3", "seed: {"))
+    outcomes = ranks(train, document(trained[0], run))
+    assert [code for code, _, _ in outcomes] == [0, 0] and "step-00000002" in outcomes[0][1]
+    assert outcomes[0][1].count("warning: passing over a checkpoint") == 1 and "config.yaml: content" in outcomes[0][1]
+
+
+def test_an_older_checkpoint_has_to_be_of_the_same_recipe_as_well(trained, run, ranks):
+    older = run / "checkpoints" / "step-00000002"
+    config, manifest = older / "config.yaml", json.loads((older / "manifest.json").read_text())
+    config.write_text(config.read_text().replace("seed: 3", "seed: 4"))
+    manifest["files"]["config.yaml"] = checkpoint.describe(config)
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    spoil(run / "checkpoints" / "step-00000004", 0)
+    outcomes = [outcome for outcome, _ in ranks(go_on, document(trained[0], run))]
+    assert [code for code, _, _ in outcomes] == [2, 2]
+    assert "seed: differs from that of" in outcomes[0][2] + outcomes[1][2]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_neither_passed_over_nor_the_users_mistake(trained, run, ranks):
+    outcomes = ranks(go_on_without_a_disk, document(trained[0], run))
+    told = outcomes[0][2] + outcomes[1][2]
+    assert [code for code, _, _ in outcomes] == [1, 1]
+    assert len(told.splitlines()) == 1 and "failed: rank 1: " in told and "Stale file handle" in told
+    assert (run / "checkpoints" / "step-00000004").is_dir()
+
+
+def go_on_without_a_disk(document: dict):
+    def read(path):
+        if path.name == "states-00001.safetensors":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return describe(path)
+
+    describe = checkpoint.describe
+    with patch.multiple(checkpoint, _SMALL_BYTES=-1, describe=read):
+        return train(document)
 
 
 def test_a_damaged_checkpoint_that_was_named_is_the_users_mistake(trained, run, ranks):
@@ -91,7 +135,7 @@ def test_ranks_that_see_different_checkpoints_do_not_go_on(trained, run, tmp_pat
     outcomes = ranks(train_apart, [document(trained[0], folder) for folder in (run, elsewhere)])
     told = outcomes[0][2] + outcomes[1][2]
     assert [code for code, _, _ in outcomes] == [1, 1] and len(told.splitlines()) == 1
-    assert "the ranks see different checkpoints (step-00000002, step-00000004)" in told
+    assert re.search(r"the ranks see different checkpoints \(step-00000002, \w{8}; step-00000004, \w{8}\)", told)
 
 
 def train_apart(documents: list[dict]):
