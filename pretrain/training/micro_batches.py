@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def check_micro_batches(parts: Parts, world_size: int) -> None:
     """Raise :class:`UserError` if a step has no micro-batches to be told apart, or if they are single samples."""
-    training, split = parts.recipe.training, parts.weigher.config.signal == "split"
+    training, halves = parts.recipe.training, parts.weigher.config.halves
     steps = training.batch_rows // (training.micro_batch_rows * world_size)
-    if steps < (4 if split else 2) or (split and steps % 2):
-        needs = "four micro-steps, or six, eight, …," if split else "two micro-steps or more"
+    if steps < 2 * halves or steps % halves:
+        needs = "four micro-steps, or six, eight, …," if halves == 2 else "two micro-steps or more"
         raise UserError(
             f"weigher.granularity: weighing micro-batches needs {needs} a step, not {steps} ({training.batch_rows} "
             f"rows over {world_size} ranks × {training.micro_batch_rows} rows); lower training.micro_batch_rows"

@@ -1,5 +1,6 @@
 """Runs whose samples are weighed: against PRESENCE written out in plain torch, and against each other."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -250,22 +251,18 @@ def test_weighing_micro_batches_is_the_papers_algorithm_2(corpus, tmp_path, rank
             assert told[column] == pytest.approx(each[column], rel=1e-4), column
 
 
-class Allocations:
-    """Counts the gradients that an engine makes room for, while it is entered."""
+@contextlib.contextmanager
+def allocations():
+    """Yield a list that gets an entry for each gradient that an engine makes room for."""
+    made, gradient = [], Engine.gradient
 
-    def __enter__(self):
-        self.number, whole = 0, Engine.gradient
+    def noted(engine, into=None):
+        if into is None:
+            made.append(engine)
+        return gradient(engine, into)
 
-        def counted(engine, into=None):
-            self.number += into is None
-            return whole(engine, into)
-
-        self.patch = patch.object(Engine, "gradient", counted)
-        self.patch.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.patch.__exit__(*error)
+    with patch.object(Engine, "gradient", noted):
+        yield made
 
 
 @pytest.mark.parametrize(
@@ -276,11 +273,11 @@ def test_gradients_of_micro_batches_are_kept_as_long_as_needed_and_a_dry_run_has
 ):
     document = weighed(corpus, tmp_path / "run", 2, ("mlm", "rtd"), granularity="microbatch", **keys)
     document["sampler"] = {"name": "uniform"}  # draws one objective a step: two plans
-    with Allocations() as dry:
+    with allocations() as dry:
         assert train(document, "--dry-run")[0] == 0
-    with Allocations() as real:
+    with allocations() as real:
         run(document)
-    assert (dry.number, real.number) == (number, number)
+    assert (len(dry), len(real)) == (number, number)
 
 
 def test_without_temperature_every_weigher_is_bit_identical_to_uniform(corpus, tmp_path):

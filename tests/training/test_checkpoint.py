@@ -75,6 +75,16 @@ def test_publishing_the_same_step_again_replaces_it(tmp_path):
     checkpoint.verify(folder)
 
 
+def test_a_file_that_is_not_as_long_as_was_written_is_never_published(tmp_path):
+    before, partial = write(tmp_path, 5), checkpoint.partial_folder(tmp_path, 9)
+    partial.mkdir()
+    (partial / "states").write_bytes(b"weig")  # what another machine's disk has of it
+    with pytest.raises(OSError, match="4 bytes, where 7 were written"):
+        checkpoint.publish(tmp_path, 9, {}, {"states": {"bytes": 7, "sha256": ""}})
+    assert checkpoint.candidates(tmp_path) == [before]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000005\n"
+
+
 def test_a_copy_of_a_checkpoint_under_another_name_is_no_checkpoint(tmp_path):
     folder = write(tmp_path, 5)
     shutil.copytree(folder, folder.with_name("step-00000009.bak"))

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 
-from pretrain.training import checkpoint
+from pretrain.training import checkpoint, saving
 from tests.training.runs import metrics, recipe, train, write_corpus
 
 
@@ -28,6 +28,13 @@ def go_on(document: dict, *arguments: str, ds: str = "zero2.json"):
 
     with patch.multiple(checkpoint, _SMALL_BYTES=-1, describe=told):
         return train(document, *arguments, ds=ds), read
+
+
+def train_noting_syncs(document: dict):
+    """Train; return the outcome and the names of the files that a save has synced before they were published."""
+    with patch.object(saving, "sync", side_effect=saving.sync) as synced:
+        outcome = train(document)
+    return outcome, [call.args[0].name for call in synced.call_args_list]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,11 @@ def test_what_a_rank_has_written_it_describes_itself(trained, tmp_path, ranks, d
     assert second == own * 2 and not set(own) & set(first)  # two checkpoints
     assert first.count("engine/states-00000.safetensors") == 2
     assert all(checkpoint.verify(folder) for folder in checkpoint.candidates(tmp_path / "run"))
+
+
+def test_what_a_rank_has_written_it_syncs_itself(trained, tmp_path, ranks):
+    for rank, (outcome, synced) in enumerate(ranks(train_noting_syncs, document(trained[0], tmp_path / "run"))):
+        assert outcome[0] == 0 and synced == [f"states-0000{rank}.safetensors"] * 2
 
 
 @pytest.mark.parametrize("number", [0, 1])
