@@ -72,10 +72,10 @@ def script(args: argparse.Namespace) -> str:
     tasks = args.gpus or args.tasks_per_node or 1
     ds_config = args.ds_config or str(_ROOT / "configs" / "ds" / ("zero2-bf16.json" if args.gpus else "cpu.json"))
     recipe = load_recipe(args.recipe, args.overrides)
-    if not recipe.run.isprintable():
-        raise UserError(f"run: {recipe.run!r} has characters that a job script cannot pass on")
     training = recipe.training
     with recipe.named_in_errors():
+        if not recipe.run.isprintable():
+            raise UserError(f"run: {recipe.run!r} has characters that a job script cannot pass on")
         resolve_ds_config(
             ds_config,
             micro_batch_rows=training.micro_batch_rows,

@@ -277,6 +277,7 @@ def test_without_gpus_a_job_asks_for_none(capsys, monkeypatch):
         ([*BASE, "--array", "a-b"], ["--array", "a-b"]),
         ([*BASE, "seed=3", "--array", "0-2"], ["seed", "--array"]),
         ([*BASE, "--tasks-per-node", "4"], ["--tasks-per-node", "--gpus"]),
+        ([*BASE, 'run="a\\nb"'], ["base.yaml", "run: 'a\\nb'", "cannot pass on"]),
     ],
     ids=lambda value: " ".join(value[-2:]),
 )
